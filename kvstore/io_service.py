@@ -1,0 +1,138 @@
+"""All lower tiers of a store behind one interface, wherever their I/O runs.
+
+`ThreadIo` runs them in threads of this process. `kvstore.io_process` runs a `ThreadIo` in a
+process of its own behind the same interface. Slots are those of the host arena.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from kvstore.arena import HostArena
+from kvstore.config import StoreConfig
+from kvstore.jobs import Indices, ReadJob
+from kvstore.keys import BlockKey
+from kvstore.slot import KeyArray, SlotCodec, Slots
+from kvstore.tiers.base import FoundChunk, LowerTier, TierStats
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.shared import SharedTier
+from kvstore.write_behind import WriteBehind
+
+CLOSE_TIMEOUT_S: Final = 30.0
+Located = tuple[int, FoundChunk]  # (number of the tier, chunk)
+
+
+class IoService(ABC):
+    """The I/O side of a store. Thread-safe."""
+
+    @abstractmethod
+    def find_prefix(self, keys: Sequence[BlockKey]) -> list[Located]:
+        """Chunks of the first tier, from the top, that holds the leading key; [] where none does."""
+
+    @abstractmethod
+    def read(self, chunks: Sequence[Located], host_slots: Slots, deadline: float) -> ReadJob:
+        """See `LowerTier.read`; chunks of several tiers may be mixed."""
+
+    @abstractmethod
+    def store(self, host_slots: Slots, keys: KeyArray, namespace: bytes, on_done: Callable[[Slots], None]) -> None:
+        """See `WriteBehind.submit`."""
+
+    @abstractmethod
+    def flush(self, deadline: float) -> bool:
+        """True once all that was stored is durable in every tier."""
+
+    @abstractmethod
+    def set_namespace(self, namespace: bytes) -> None: ...
+
+    @abstractmethod
+    def purge(self, keys: Sequence[BlockKey]) -> int: ...
+
+    @abstractmethod
+    def stats(self) -> list[TierStats]: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class ThreadIo(IoService):
+    """Lower tiers in threads of this process."""
+
+    def __init__(self, config: StoreConfig, arena: HostArena, codec: SlotCodec, namespace: bytes) -> None:
+        """Raises ConfigError for a wrong setting; what was opened before is closed again."""
+        rows = arena.rows
+        self._fmt = codec.fmt
+        self._tiers: list[LowerTier] = []
+        try:
+            if config.disk is not None:
+                self._tiers.append(DiskTier(config.disk, config.identity, rows, codec, namespace))
+            if config.shared is not None:
+                shared = SharedTier(config.shared, config.identity, config.blocks_per_chunk, rows, codec, namespace)
+                self._tiers.append(shared)
+        except BaseException:
+            for tier in self._tiers:
+                tier.close()
+            raise
+        self._write_behind = WriteBehind(self._tiers, rows, codec, config.stall_s)
+
+    def find_prefix(self, keys: Sequence[BlockKey]) -> list[Located]:
+        for number, tier in enumerate(self._tiers):
+            found = tier.find_prefix(keys)
+            if found:
+                return [(number, chunk) for chunk in found]
+        return []
+
+    def read(self, chunks: Sequence[Located], host_slots: Slots, deadline: float) -> ReadJob:
+        parts = []
+        for number, tier in enumerate(self._tiers):
+            at = [i for i, (n, _) in enumerate(chunks) if n == number]
+            if at:
+                parts.append((at, tier.read([chunks[i][1] for i in at], host_slots[at], deadline)))
+        return _JoinedReadJob(parts)
+
+    def store(self, host_slots: Slots, keys: KeyArray, namespace: bytes, on_done: Callable[[Slots], None]) -> None:
+        self._write_behind.submit(host_slots, keys, namespace, on_done)
+
+    def flush(self, deadline: float) -> bool:
+        drained = self._write_behind.drain(deadline)
+        return all([tier.flush(deadline) for tier in self._tiers]) and drained
+
+    def set_namespace(self, namespace: bytes) -> None:
+        for tier in self._tiers:
+            tier.set_namespace(namespace)
+
+    def purge(self, keys: Sequence[BlockKey]) -> int:
+        self._write_behind.drain(time.monotonic() + CLOSE_TIMEOUT_S)
+        return sum(tier.purge(keys) for tier in self._tiers)
+
+    def stats(self) -> list[TierStats]:
+        all_stats = [tier.stats() for tier in self._tiers]
+        dropped, stalled = self._write_behind.dropped_chunks(), self._write_behind.stalled()
+        for stats, chunks, is_stalled in zip(all_stats, dropped, stalled, strict=True):
+            stats.dropped_blocks = chunks * self._fmt.blocks_per_chunk
+            if is_stalled and stats.state == "on":
+                stats.state = "read-only"
+        return all_stats
+
+    def close(self) -> None:
+        self._write_behind.close(time.monotonic() + CLOSE_TIMEOUT_S)
+        for tier in self._tiers:
+            tier.close()
+
+
+class _JoinedReadJob(ReadJob):
+    """Jobs of several tiers, all under way, collected one after the other."""
+
+    def __init__(self, parts: list[tuple[Indices, ReadJob]]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        for at, job in self._parts:
+            for i, ok in job:
+                yield at[i], ok
+
+    def abandon(self, release: Callable[[Indices], None]) -> None:
+        for at, job in self._parts:
+            job.abandon(lambda indices, at=at: release([at[i] for i in indices]))  # type: ignore[misc]

@@ -1,0 +1,176 @@
+"""The bytes of a slot: payload, padding, and a trailer that says what they are.
+
+    [0, payload)            layer-major: (num_layers, blocks_per_chunk, 2, heads, tokens, head_size)
+    [payload, body)         padding up to a multiple of 4096 bytes for the whole slot
+    [body, slot)            trailer: the chunk's block keys, then the footer
+
+The footer's first digest covers [0, body), its second covers the trailer up to itself, so
+any changed byte of a slot is noticed. Digests are xxh3_128, or keyed BLAKE2b where there
+is an integrity key. This module never decides what to do about a bad slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Self
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvstore.errors import ConfigError
+from kvstore.identity import FORMAT_VERSION, NAMESPACE_NBYTES, KVIdentity
+from kvstore.keys import KEY_NBYTES
+
+ALIGNMENT: Final = 4096
+MAGIC: Final = b"KVSLOT\r\n"
+DIGEST_NBYTES: Final = 16
+MIN_KEY_NBYTES: Final = 16
+FOOTER: Final = np.dtype(
+    [
+        ("magic", "V8"),
+        ("version", "<u4"),
+        ("num_keys", "<u4"),
+        ("namespace", "V16"),
+        ("placement", "V16"),
+        ("generation", "<u8"),
+        ("payload_nbytes", "<u8"),
+        ("body_digest", "V16"),
+        ("trailer_digest", "V16"),
+    ]
+)
+
+Rows = NDArray[np.uint8]  # (num_slots, slot_nbytes): an arena, or rows like it
+Slots = NDArray[np.int64]  # (n,)
+KeyArray = NDArray[np.uint8]  # (n, blocks_per_chunk, KEY_NBYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFormat:
+    """Where things lie in a slot. All sizes in bytes."""
+
+    payload_nbytes: int
+    blocks_per_chunk: int
+    placement: bytes  # first 16 bytes of the placement digest
+
+    @classmethod
+    def of(cls, identity: KVIdentity, blocks_per_chunk: int) -> Self:
+        """The format of slots that hold chunks of this identity."""
+        placement = identity.placement_digest(blocks_per_chunk)[:16]
+        return cls(identity.layout.block_nbytes * blocks_per_chunk, blocks_per_chunk, placement)
+
+    @property
+    def trailer_nbytes(self) -> int:
+        return self.blocks_per_chunk * KEY_NBYTES + FOOTER.itemsize
+
+    @property
+    def slot_nbytes(self) -> int:
+        need = self.payload_nbytes + self.trailer_nbytes
+        return -(-need // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def body_nbytes(self) -> int:
+        return self.slot_nbytes - self.trailer_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Trailers:
+    """Parsed trailers of n slots; ``valid[i]`` says whether the others mean anything at i."""
+
+    valid: NDArray[np.bool_]  # (n,)
+    keys: KeyArray
+    namespaces: NDArray[np.void]  # (n,) V16
+    generations: NDArray[np.uint64]  # (n,)
+    body_digests: NDArray[np.void]  # (n,) V16
+
+
+class SlotCodec:
+    """Seals slots before they leave host memory and verifies what comes back.
+
+    Args:
+        fmt: the slot's format.
+        integrity_key: secret for keyed digests, 16 to 64 bytes; None for xxh3_128.
+    """
+
+    def __init__(self, fmt: SlotFormat, integrity_key: bytes | None = None) -> None:
+        self.fmt = fmt
+        self._digest = _digest_function(integrity_key)
+
+    def seal(self, rows: Rows, slots: Slots, keys: KeyArray, namespace: bytes, generations: NDArray[np.uint64]) -> None:
+        """Write the trailers of ``rows[slots]``; payload and padding are only read."""
+        fmt = self.fmt
+        if len(namespace) != NAMESPACE_NBYTES:
+            raise ValueError(f"namespace has {len(namespace)} bytes, not {NAMESPACE_NBYTES}")
+        trailers = np.empty((len(slots), fmt.trailer_nbytes), dtype=np.uint8)
+        trailers[:, : -FOOTER.itemsize] = keys.reshape(len(slots), -1)
+        footers = np.zeros(len(slots), dtype=FOOTER)
+        footers["magic"] = np.void(MAGIC)
+        footers["version"] = FORMAT_VERSION
+        footers["num_keys"] = fmt.blocks_per_chunk
+        footers["namespace"] = np.void(namespace)
+        footers["placement"] = np.void(fmt.placement)
+        footers["generation"] = generations
+        footers["payload_nbytes"] = fmt.payload_nbytes
+        body = fmt.body_nbytes
+        footers["body_digest"] = _voids([self._digest(rows[s, :body]) for s in slots])
+        trailers[:, -FOOTER.itemsize :] = footers.view(np.uint8).reshape(len(slots), -1)
+        signed = trailers[:, :-DIGEST_NBYTES]
+        digests = b"".join(self._digest(np.ascontiguousarray(t)) for t in signed)
+        trailers[:, -DIGEST_NBYTES:] = np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_NBYTES)
+        rows[slots, body:] = trailers
+
+    def parse(self, trailers: NDArray[np.uint8]) -> Trailers:
+        """Read trailers, shape (n, trailer_nbytes), of any origin; never raises for their content."""
+        fmt, n = self.fmt, len(trailers)
+        trailers = np.ascontiguousarray(trailers)
+        footers = trailers[:, -FOOTER.itemsize :].copy().view(FOOTER).reshape(n)
+        valid = (
+            (footers["magic"] == np.void(MAGIC))
+            & (footers["version"] == FORMAT_VERSION)
+            & (footers["num_keys"] == fmt.blocks_per_chunk)
+            & (footers["placement"] == np.void(fmt.placement))
+            & (footers["payload_nbytes"] == fmt.payload_nbytes)
+        )
+        for i in np.flatnonzero(valid):
+            valid[i] = self._digest(trailers[i, :-DIGEST_NBYTES]) == footers["trailer_digest"][i].tobytes()
+        keys = trailers[:, : -FOOTER.itemsize].reshape(n, fmt.blocks_per_chunk, KEY_NBYTES)
+        return Trailers(valid, keys, footers["namespace"], footers["generation"], footers["body_digest"])
+
+    def verify(self, rows: Rows, slots: Slots, namespace: bytes) -> Trailers:
+        """Parse the trailers of ``rows[slots]``; valid where trailer, namespace and body all agree."""
+        body = self.fmt.body_nbytes
+        found = self.parse(rows[slots, body:])
+        valid = found.valid
+        valid &= found.namespaces == np.void(namespace)
+        for i in np.flatnonzero(valid):
+            valid[i] = self._digest(rows[slots[i], :body]) == found.body_digests[i].tobytes()
+        return found
+
+
+def read_integrity_key(path: str | None) -> bytes | None:
+    """The secret in a file, surrounding white space taken off; raises ConfigError if it can't be read."""
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as f:
+            return f.read(4096).strip()
+    except OSError as e:
+        raise ConfigError(f"integrity_key_file: {path!r} cannot be read ({e.strerror})") from e
+
+
+def _voids(digests: list[bytes]) -> NDArray[np.void]:
+    return np.frombuffer(b"".join(digests), dtype="V16")
+
+
+def _digest_function(key: bytes | None) -> Callable[[NDArray[np.uint8]], bytes]:
+    if key is None:
+        return xxhash.xxh3_128_digest
+    if not MIN_KEY_NBYTES <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
+        raise ConfigError(f"integrity key has {len(key)} bytes; give {MIN_KEY_NBYTES} to {hashlib.blake2b.MAX_KEY_SIZE}")
+
+    def keyed(data: NDArray[np.uint8]) -> bytes:
+        return hashlib.blake2b(data, key=key, digest_size=DIGEST_NBYTES).digest()
+
+    return keyed

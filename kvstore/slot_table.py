@@ -1,0 +1,142 @@
+"""The control plane of one tier's slots: which keys they hold, which are free, pinned, next to go.
+
+    free  --allocate-->  taken  --publish-->  ready  --evict / drop-->  gone  --release-->  free
+
+A slot that goes while it is pinned waits in limbo and is released with its last pin. Knows
+no bytes and does no I/O. Not thread-safe: its owner holds a lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.allocator import RunAllocator
+from kvstore.index import BlockIndex
+from kvstore.keys import BlockKey
+from kvstore.policy import make_policy
+from kvstore.slot import KeyArray, Slots
+
+
+class SlotTable:
+    """Args:
+    num_slots: slots it may ever hold.
+    free_slots: slots that exist now; `grow` adds more.
+    """
+
+    def __init__(self, num_slots: int, blocks_per_chunk: int, policy: str, free_slots: int | None = None) -> None:
+        self.blocks_per_chunk = blocks_per_chunk
+        self.index = BlockIndex(num_slots, blocks_per_chunk)
+        self.policy = make_policy(policy, num_slots)
+        self.allocator = RunAllocator(num_slots if free_slots is None else free_slots)
+        self.evicted_slots = 0
+        self._pins = np.zeros(num_slots, dtype=np.int32)
+        self._pinned = np.zeros(num_slots, dtype=np.bool_)
+        self._ready = np.zeros(num_slots, dtype=np.bool_)
+        self._limbo = np.zeros(num_slots, dtype=np.bool_)
+
+    @property
+    def num_ready(self) -> int:
+        return int(np.count_nonzero(self._ready))
+
+    @property
+    def num_pinned(self) -> int:
+        return int(np.count_nonzero(self._pinned))
+
+    @property
+    def num_evictable(self) -> int:
+        return int(np.count_nonzero(self._ready & ~self._pinned))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the table without the policy's."""
+        return self.index.nbytes + self._pins.nbytes + self._pinned.nbytes + self._ready.nbytes + self._limbo.nbytes
+
+    def find_prefix(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
+        """Locations (slot * blocks_per_chunk + position) of the leading keys that are ready."""
+        return self.index.find_prefix(keys)
+
+    def slots_of(self, locations: NDArray[np.int64]) -> Slots:
+        """The distinct slots of locations, in order of first use."""
+        slots = locations // self.blocks_per_chunk
+        if self.blocks_per_chunk == 1:
+            return slots
+        _, first = np.unique(slots, return_index=True)
+        return slots[np.sort(first)]
+
+    def ready_slots(self) -> Slots:
+        return np.flatnonzero(self._ready)
+
+    def is_ready(self, slots: Slots) -> NDArray[np.bool_]:
+        return self._ready[slots]
+
+    def touch(self, slots: Slots) -> None:
+        """Note one use of a prefix, head first; slots that are not ready are passed over."""
+        self.policy.touch(slots[self._ready[slots]])
+
+    def allocate(self, n: int) -> Slots:
+        """Take up to n free slots; evicts nothing."""
+        return self.allocator.allocate(n)
+
+    def evict(self, n: int) -> Slots:
+        """Take up to n unpinned ready slots away from their keys; the caller releases them."""
+        slots = self.policy.evict(n, self._pinned)
+        self.index.remove(slots)
+        self._ready[slots] = False
+        self.evicted_slots += len(slots)
+        return slots
+
+    def publish(self, slots: Slots, keys: KeyArray, findable: NDArray[np.bool_] | None = None) -> None:
+        """Make taken slots ready, prefix first.
+
+        Args:
+            findable: shape (n,); where False, the slot is only kept track of and evicted.
+        """
+        if findable is None or findable.all():
+            self.index.insert(slots, keys)
+        else:
+            self.index.insert(slots[findable], keys[findable])
+        self._ready[slots] = True
+        self.policy.insert(slots, _tags(keys))
+
+    def drop(self, slots: Slots) -> Slots:
+        """Take ready slots away from their keys; slots that are not ready are passed over.
+
+        Returns:
+            The slots that the caller releases now. The others are pinned, and in limbo.
+        """
+        slots = slots[self._ready[slots]]
+        self.index.remove(slots)
+        self.policy.remove(slots)
+        self._ready[slots] = False
+        pinned = self._pinned[slots]
+        self._limbo[slots[pinned]] = True
+        return slots[~pinned]
+
+    def hide(self) -> None:
+        """Take every key out of the index; the slots stay, to be evicted."""
+        self.index.remove(self.index.slots())
+
+    def release(self, slots: Slots) -> None:
+        """Make taken slots free."""
+        self.allocator.free(slots)
+
+    def pin(self, slots: Slots) -> None:
+        np.add.at(self._pins, slots, 1)
+        self._pinned[slots] = True
+
+    def unpin(self, slots: Slots) -> Slots:
+        """Undo one `pin` of each; returns slots that leave limbo, for the caller to release."""
+        np.subtract.at(self._pins, slots, 1)
+        loose = slots[self._pins[slots] == 0]
+        self._pinned[loose] = False
+        freed = np.unique(loose[self._limbo[loose]])
+        self._limbo[freed] = False
+        return freed
+
+
+def _tags(keys: KeyArray) -> NDArray[np.uint64]:
+    """A number a chunk that stays the same whenever its content comes back."""
+    return np.ascontiguousarray(keys[:, -1, :8]).view(np.uint64).reshape(-1)

@@ -1,0 +1,294 @@
+"""`TieredStore`, the front door: blocks of KV in host memory, on disk and on a shared path.
+
+    put:  tensor -> host slot -> (write-behind, sealed) -> disk, shared
+    get:  disk | shared -> host slot, verified -> tensor
+
+Both sides of the design in one object: control plane (`manager`) and data plane (`copier`,
+`io_service`). A miss is a value; storage that fails is a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+
+from kvstore.arena import HostArena
+from kvstore.config import StoreConfig
+from kvstore.copier import Copier
+from kvstore.errors import ConfigError, StoreClosedError
+from kvstore.identity import INITIAL_EPOCH
+from kvstore.io_client import ProcessIo
+from kvstore.io_service import IoService, ThreadIo
+from kvstore.keys import BlockKey, keys_to_array
+from kvstore.manager import TierManager
+from kvstore.promotion import Promotion
+from kvstore.slot import KeyArray, SlotCodec, SlotFormat, Slots, read_integrity_key
+from kvstore.tiers.base import TierStats
+
+logger = logging.getLogger(__name__)
+
+_PIECE_NBYTES: Final = 64 << 20
+_EPOCH_NBYTES: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counters since the start, and sizes now, by tier from the top."""
+
+    tiers: dict[str, TierStats]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: asdict(stats) for name, stats in self.tiers.items()}
+
+
+class TieredStore:
+    """A tiered store of KV blocks. Thread-safe. Use it as a context manager, or `close` it.
+
+    Raises:
+        ConfigError: a setting is wrong, a directory holds another identity, or the host
+            memory cannot be had. Nothing is left open.
+    """
+
+    def __init__(self, config: StoreConfig) -> None:
+        self.config = config
+        self.identity, self.layout = config.identity, config.identity.layout
+        self.blocks_per_chunk = config.blocks_per_chunk
+        fmt = SlotFormat.of(self.identity, self.blocks_per_chunk)
+        self._codec = SlotCodec(fmt, read_integrity_key(config.integrity_key_file))
+        self._namespace = self.identity.namespace(INITIAL_EPOCH)
+        num_slots = config.host.num_blocks // self.blocks_per_chunk
+        self._manager = TierManager(num_slots, self.blocks_per_chunk, config.host.eviction_policy)
+        self._arena = HostArena(num_slots, fmt.slot_nbytes)
+        self._copier = Copier(self.layout, self.blocks_per_chunk, self._arena.rows)
+        self._stats = TierStats(name="host")
+        self._lock = threading.Lock()
+        self._closed = False
+        self._io: IoService | None = None
+        try:
+            if config.disk is not None or config.shared is not None:
+                start_io = ProcessIo if config.io == "process" else ThreadIo
+                self._io = start_io(config, self._arena, self._codec, self._namespace)
+        except BaseException:
+            self._arena.close()
+            raise
+
+    # -- the four verbs
+
+    def put(self, keys: Sequence[BlockKey], blocks: torch.Tensor, *, first_block: int = 0) -> int:
+        """Store blocks of a prefix; they are copied when it returns.
+
+        Args:
+            keys: the whole prefix, from its first block on.
+            blocks: shape (n, *layout.block_shape); the KV of ``keys[first_block:first_block + n]``.
+            first_block: where in ``keys`` the blocks begin.
+        Returns:
+            How many leading blocks were taken. Fewer than n where a last chunk is partial,
+            or where no room came free within ``put_timeout_s``: the tail is dropped.
+        Raises:
+            ConfigError: blocks are of another shape or dtype, or keys and blocks disagree.
+            StoreClosedError: the store was closed.
+        """
+        self._check_open()
+        self._copier.check(blocks, "blocks")
+        self._check_range(keys, blocks, first_block)
+        deadline = time.monotonic() + self.config.put_timeout_s
+        per_chunk = self.blocks_per_chunk
+        wanted = keys[first_block : first_block + len(blocks)]
+        start = int(np.argmin(np.append(self._manager.contains(wanted), False)))
+        start -= (first_block + start) % per_chunk if start else 0
+        start = max(0, start)
+        end = start + (len(blocks) - start) // per_chunk * per_chunk
+        step = max(1, _PIECE_NBYTES // self._codec.fmt.slot_nbytes) * per_chunk
+        taken = min(start, len(blocks))
+        while taken < end:
+            piece = min(step, end - taken)
+            done = self._put_chunks(wanted[taken : taken + piece], blocks[taken : taken + piece], deadline)
+            taken += done
+            if done < piece:
+                break
+        self._manager.touch(keys[: first_block + taken])
+        self._count(dropped_blocks=max(0, end - taken))
+        return taken
+
+    def prefix_hit(self, keys: Sequence[BlockKey]) -> int:
+        """Number of leading blocks present, in any tier."""
+        self._check_open()
+        hit = 0
+        while hit < len(keys):
+            found = self._manager.prefix_hit(keys[hit:])
+            if not found and self._io is not None:
+                found = sum(chunk.num_keys for _, chunk in self._io.find_prefix(keys[hit:]))
+            if not found:
+                break
+            hit += found
+        return hit
+
+    def get(self, keys: Sequence[BlockKey], out: torch.Tensor, *, first_block: int = 0) -> int:
+        """Load the leading blocks of ``keys[first_block:]`` into out.
+
+        Args:
+            keys: as for `put`.
+            out: shape (n, *layout.block_shape), contiguous; up to n blocks are loaded.
+        Returns:
+            How many leading blocks were loaded; what lies behind them in out is undefined.
+        Raises:
+            ConfigError, StoreClosedError: as for `put`.
+        """
+        self._check_open()
+        self._copier.check(out, "out")
+        if not out.is_contiguous():
+            raise ConfigError("out: not contiguous; give a contiguous tensor")
+        deadline = time.monotonic() + self.config.load_timeout_s
+        wanted = keys[first_block : first_block + len(out)]
+        done = 0
+        while done < len(wanted) and time.monotonic() < deadline:
+            loaded = self._get_from_host(wanted[done:], out[done:])
+            if not loaded and self._io is not None:
+                promotion = Promotion(self._manager, self._io, self._copier, self._arena.rows, self._codec.fmt)
+                loaded = promotion.run(wanted[done:], out[done:], deadline)
+            if not loaded:
+                break
+            done += loaded
+        self._count(miss_blocks=len(wanted) - done)
+        return done
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Wait until everything put so far is durable in the lower tiers.
+
+        Returns:
+            False if it took too long, or if a tier has not stored all of it. True where
+            there is no lower tier.
+        """
+        self._check_open()
+        return self._io.flush(time.monotonic() + timeout_s) if self._io is not None else True
+
+    # -- control
+
+    def reset(self) -> None:
+        """Never again hit anything stored before; call it when the weights have changed.
+
+        The store goes on under a fresh random epoch. What is on its way stays in the old
+        one. In a disk directory that no other process has open, the old epoch is dead for
+        later openers too; other processes' data, and a shared path's, stays theirs.
+        """
+        self._check_open()
+        with self._lock:
+            self._namespace = self.identity.namespace(os.urandom(_EPOCH_NBYTES))
+            self._manager.reset()
+            if self._io is not None:
+                self._io.set_namespace(self._namespace)
+
+    def purge(self, keys: Sequence[BlockKey]) -> int:
+        """Delete every chunk that holds one of these keys, in all tiers, so that no rebuilt
+        index brings it back; returns how many were deleted."""
+        self._check_open()
+        deleted = self._manager.drop(keys)
+        return max(deleted, self._io.purge(keys)) if self._io is not None else deleted
+
+    def stats(self) -> StoreStats:
+        """Counters and sizes of every tier."""
+        ready, pinned, evicted = self._manager.usage()
+        per_chunk, nbytes = self.blocks_per_chunk, self._codec.fmt.slot_nbytes
+        with self._lock:
+            host = self._stats
+            host.capacity_blocks, host.capacity_nbytes = self._manager.num_slots * per_chunk, self._arena_nbytes
+            host.used_blocks, host.used_nbytes = ready * per_chunk, ready * nbytes
+            host.pinned_blocks, host.evicted_blocks = pinned * per_chunk, evicted * per_chunk
+        lower = [] if self._io is None else self._io.stats()
+        return StoreStats({stats.name: stats for stats in (host, *lower)})
+
+    def close(self) -> None:
+        """Finish write-behind, then release everything. Later calls raise StoreClosedError."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._io is not None:
+            self._io.close()
+        self._arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside
+
+    @property
+    def _arena_nbytes(self) -> int:
+        return self._manager.num_slots * self._codec.fmt.slot_nbytes
+
+    def _put_chunks(self, keys: Sequence[BlockKey], blocks: torch.Tensor, deadline: float) -> int:
+        """Store whole chunks; returns how many blocks were taken."""
+        per_chunk, done, total = self.blocks_per_chunk, 0, len(keys) // self.blocks_per_chunk
+        all_keys = keys_to_array(keys).reshape(total, per_chunk, -1)
+        absent = ~self._manager.contains(keys).reshape(total, per_chunk).all(axis=1)
+        todo = np.flatnonzero(absent)
+        while done < len(todo):
+            epoch, namespace = self._manager.epoch, self._namespace
+            slots = self._manager.reserve(len(todo) - done, deadline)
+            if not len(slots):
+                return int(todo[done]) * per_chunk
+            part = todo[done : done + len(slots)]
+            self._fill(part, slots, blocks)
+            self._store(slots, all_keys[part], epoch, namespace)
+            done += len(slots)
+        return total * per_chunk
+
+    def _fill(self, chunks: np.ndarray, slots: Slots, blocks: torch.Tensor) -> None:
+        start = time.monotonic()
+        per_chunk = self.blocks_per_chunk
+        breaks = [0, *(np.flatnonzero(np.diff(chunks) != 1) + 1).tolist(), len(chunks)]
+        try:
+            for low, high in zip(breaks[:-1], breaks[1:], strict=True):
+                first = int(chunks[low]) * per_chunk
+                self._copier.store(blocks[first : first + (high - low) * per_chunk], slots[low:high])
+        except BaseException:
+            self._manager.give_back(slots)
+            raise
+        nbytes = len(slots) * self._codec.fmt.payload_nbytes
+        self._count(written_nbytes=nbytes, write_s=time.monotonic() - start)
+
+    def _store(self, slots: Slots, keys: KeyArray, epoch: int, namespace: bytes) -> None:
+        kept = self._manager.publish(slots, keys, epoch, pins=0 if self._io is None else 1)
+        if self._io is not None and kept.any():
+            self._io.store(slots[kept], keys[kept], namespace, self._manager.unpin)
+
+    def _get_from_host(self, keys: Sequence[BlockKey], out: torch.Tensor) -> int:
+        lease = self._manager.prepare_load(keys)
+        try:
+            if len(lease):
+                start = time.monotonic()
+                self._copier.load(lease.slots, lease.positions, out[: len(lease)])
+                nbytes = len(lease) * self.layout.block_nbytes
+                self._count(hit_blocks=len(lease), read_nbytes=nbytes, read_s=time.monotonic() - start)
+        finally:
+            self._manager.release(lease)
+        return len(lease)
+
+    def _count(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self._stats, name, getattr(self._stats, name) + amount)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError("the store was closed")
+
+    def _check_range(self, keys: Sequence[BlockKey], blocks: torch.Tensor, first_block: int) -> None:
+        if not 0 <= first_block <= len(keys) or first_block + len(blocks) > len(keys):
+            raise ConfigError(
+                f"first_block={first_block} with {len(blocks)} blocks does not lie within the {len(keys)} keys"
+            )

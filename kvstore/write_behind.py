@@ -1,0 +1,210 @@
+"""Brings chunks from host memory to the lower tiers, behind the caller's back.
+
+    submit -> [sealer thread] -> a bounded queue a tier -> [writer thread a tier] -> on_done
+
+The sealer hashes; writers wait for their tier. A host slot stays its submitter's, pinned,
+until every tier is through with it. A tier that stalls is passed over, so that it can hold
+up neither the others nor host memory; what it already has stays in limbo until it returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from kvstore.slot import KeyArray, Rows, SlotCodec, Slots
+from kvstore.tiers.base import LowerTier, SealedChunks
+
+logger = logging.getLogger(__name__)
+
+BATCH_NBYTES: Final = 64 << 20
+_QUEUED_BATCHES: Final = 1
+_POLL_S: Final = 0.05
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Chunks on their way; the last tier to be through calls ``on_done``."""
+
+    chunks: SealedChunks
+    on_done: Callable[[Slots], None]
+    num_tiers: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def through(self) -> None:
+        with self.lock:
+            self.num_tiers -= 1
+            last = self.num_tiers == 0
+        if last:
+            self.on_done(self.chunks.host_slots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    host_slots: Slots
+    keys: KeyArray
+    namespace: bytes
+    on_done: Callable[[Slots], None]
+
+
+class WriteBehind:
+    """Owns one sealer thread and one writer thread a tier; `close` joins them."""
+
+    def __init__(self, tiers: Sequence[LowerTier], rows: Rows, codec: SlotCodec, stall_s: float) -> None:
+        self._rows, self._codec = rows, codec
+        self._waiting: deque[_Submitted] = deque()  # bounded: each one holds host slots
+        self._change = threading.Condition()
+        self._num_unsealed = 0
+        self._generation = 0
+        self._closed = False
+        self._writers = [_Writer(tier, stall_s) for tier in tiers]
+        self._sealer = threading.Thread(target=self._seal_all, name="kvstore-sealer", daemon=True)
+        self._sealer.start()
+
+    def submit(self, host_slots: Slots, keys: KeyArray, namespace: bytes, on_done: Callable[[Slots], None]) -> None:
+        """Queue chunks, prefix first; ``on_done(slots)`` is called, possibly in parts, from a
+        thread of this object when no tier needs the slots any more."""
+        with self._change:
+            self._waiting.append(_Submitted(host_slots, keys, namespace, on_done))
+            self._num_unsealed += 1
+            self._change.notify_all()
+
+    def drain(self, deadline: float) -> bool:
+        """Wait until all that was submitted has been through; False if it has not by then,
+        or if a tier has not stored all of it since the last call."""
+        with self._change:
+            sealed = self._change.wait_for(lambda: self._num_unsealed == 0, max(0.0, deadline - time.monotonic()))
+        idle = all([w.wait_idle(deadline) for w in self._writers])
+        complete = all([w.forgive() == 0 for w in self._writers])
+        return sealed and idle and complete
+
+    def dropped_chunks(self) -> list[int]:
+        """Chunks that each tier has not stored, in the order of the tiers."""
+        return [w.num_dropped for w in self._writers]
+
+    def stalled(self) -> list[bool]:
+        """Which tiers are read-only for now: a write of theirs takes too long."""
+        return [w.is_stalled() for w in self._writers]
+
+    def close(self, deadline: float) -> bool:
+        """Finish what was submitted and join the threads; False if some are stuck."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        self._sealer.join(max(0.0, deadline - time.monotonic()))
+        stuck = self._sealer.is_alive()
+        return all([w.close(deadline) for w in self._writers]) and not stuck
+
+    def _seal_all(self) -> None:
+        while (taken := self._next()) is not None:
+            try:
+                self._seal(taken)
+            except Exception:  # reported, and the slots go back: the chunks are later misses
+                logger.exception("write-behind: chunks could not be sealed and are not stored")
+                taken.on_done(taken.host_slots)
+            with self._change:
+                self._num_unsealed -= 1
+                self._change.notify_all()
+
+    def _next(self) -> _Submitted | None:
+        with self._change:
+            self._change.wait_for(lambda: self._waiting or self._closed)
+            return self._waiting.popleft() if self._waiting else None
+
+    def _seal(self, taken: _Submitted) -> None:
+        step = max(1, BATCH_NBYTES // self._codec.fmt.slot_nbytes)
+        for start in range(0, len(taken.host_slots), step):
+            slots, keys = taken.host_slots[start : start + step], taken.keys[start : start + step]
+            generations = self._next_generations(len(slots))
+            self._codec.seal(self._rows, slots, keys, taken.namespace, generations)
+            batch = _Batch(SealedChunks(slots, keys, taken.namespace, generations), taken.on_done, len(self._writers))
+            for writer in self._writers:
+                writer.put(batch)
+
+    def _next_generations(self, n: int) -> np.ndarray:
+        """Rising from batch to batch, falling along a prefix: older is next to be evicted."""
+        first = max(time.time_ns(), self._generation + 1)
+        self._generation = first + n
+        return np.arange(first + n - 1, first - 1, -1, dtype=np.uint64)
+
+
+class _Writer:
+    """One tier's thread and its queue of at most one batch beside the one in hand."""
+
+    def __init__(self, tier: LowerTier, stall_s: float) -> None:
+        self.num_dropped = 0
+        self._tier, self._stall_s = tier, stall_s
+        self._queue: queue.Queue[_Batch | None] = queue.Queue(maxsize=_QUEUED_BATCHES)
+        self._busy_since: float | None = None
+        self._dropped_since_drain = 0
+        self._idle = threading.Condition()
+        self._num_batches = 0
+        self._reported = False
+        self._thread = threading.Thread(target=self._run, name=f"kvstore-write-{tier.name}", daemon=True)
+        self._thread.start()
+
+    def put(self, batch: _Batch) -> None:
+        """Queue a batch; it is dropped where the tier has stalled."""
+        with self._idle:
+            self._num_batches += 1
+        while not self.is_stalled() and self._thread.is_alive():
+            try:
+                self._queue.put(batch, timeout=_POLL_S)
+                return
+            except queue.Full:
+                continue
+        if not self._reported:
+            logger.warning("%s tier: read-only, a write takes more than %g s", self._tier.name, self._stall_s)
+            self._reported = True
+        self._finish(batch, len(batch.chunks.host_slots))
+
+    def is_stalled(self) -> bool:
+        since = self._busy_since
+        return since is not None and time.monotonic() - since > self._stall_s
+
+    def wait_idle(self, deadline: float) -> bool:
+        with self._idle:
+            return self._idle.wait_for(lambda: self._num_batches == 0, max(0.0, deadline - time.monotonic()))
+
+    def forgive(self) -> int:
+        """Chunks dropped since the last call."""
+        with self._idle:
+            dropped, self._dropped_since_drain = self._dropped_since_drain, 0
+            return dropped
+
+    def close(self, deadline: float) -> bool:
+        try:
+            self._queue.put(None, timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Full:
+            return False
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            self._busy_since = time.monotonic()
+            dropped = len(batch.chunks.host_slots)
+            try:
+                dropped -= int(np.count_nonzero(self._tier.write(batch.chunks)))
+            except Exception:  # a tier's bug: reported, and the writer lives on
+                logger.exception("%s tier: write failed", self._tier.name)
+            finally:
+                self._busy_since = None
+                self._reported = False
+                self._finish(batch, dropped)
+
+    def _finish(self, batch: _Batch, dropped: int) -> None:
+        batch.through()
+        with self._idle:
+            self.num_dropped += dropped
+            self._dropped_since_drain += dropped
+            self._num_batches -= 1
+            self._idle.notify_all()
