@@ -32,6 +32,11 @@ class HostArena:
         fd: the memfd, to be handed to another process.
     """
 
+    fd: int
+    rows: NDArray[np.uint8]
+    _mmap: mmap.mmap
+    _pinned: bool
+
     def __init__(self, num_slots: int, slot_nbytes: int) -> None:
         """Raises ConfigError where the memory cannot be had."""
         size = num_slots * slot_nbytes
@@ -78,7 +83,7 @@ class HostArena:
         self._mmap = mmap.mmap(fd, num_slots * slot_nbytes)
         with contextlib.suppress(OSError):  # huge pages are a wish: some kernels have none for shared memory
             self._mmap.madvise(mmap.MADV_HUGEPAGE)
-        self.rows: NDArray[np.uint8] = np.frombuffer(self._mmap, dtype=np.uint8).reshape(num_slots, slot_nbytes)
+        self.rows = np.frombuffer(self._mmap, dtype=np.uint8).reshape(num_slots, slot_nbytes)
 
     def _populate(self) -> None:
         size = len(self._mmap)

@@ -244,7 +244,6 @@ class _Connection:
             self.kill()
         self._channel.shutdown()
         self._receiver.join(_KILL_TIMEOUT_S)
-        self._channel.close()
 
     def kill(self) -> None:
         self._process.kill()
@@ -321,6 +320,7 @@ class _Connection:
             job.lost()
         for left, on_done in stores:
             on_done(np.fromiter(left, dtype=np.int64))
+        self._channel.close()
         self._died(self)
 
 

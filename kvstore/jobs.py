@@ -7,6 +7,7 @@ Nothing here knows keys or tiers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -58,6 +59,8 @@ class IoPool:
             raise StoreClosedError("the I/O pool was closed")
         future: Future[None] = Future()
         self._queue.put((future, operation), timeout=max(0.0, deadline - time.monotonic()))
+        if self._closed and not any(t.is_alive() for t in self._threads):
+            self._refuse_queued()  # it was closed while this waited for a place
         return future
 
     def run_all(self, operations: Sequence[Callable[[], None]], deadline: float) -> list[BaseException | None]:
@@ -84,7 +87,18 @@ class IoPool:
                 return False
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(t.is_alive() for t in self._threads)
+        if any(t.is_alive() for t in self._threads):
+            return False
+        self._refuse_queued()
+        return True
+
+    def _refuse_queued(self) -> None:
+        """Operations that came in behind the last thread never run; their futures say so."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._queue.get_nowait()
+                if item is not None:
+                    item[0].set_exception(StoreClosedError("the I/O pool was closed"))
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -181,6 +195,9 @@ class PooledReadJob(ReadJob):
                 future = self._pool.submit(operation.run, self._deadline if not self._in_flight else 0.0)
             except queue.Full:
                 return
+            except StoreClosedError as e:
+                future = Future()
+                future.set_exception(e)
             self._waiting.popleft()
             self._in_flight[id(operation)] = (operation, future)
             future.add_done_callback(lambda _, operation=operation: self._returned.put(operation))  # type: ignore[misc]

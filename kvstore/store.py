@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -30,9 +30,11 @@ from kvstore.io_client import ProcessIo
 from kvstore.io_service import IoService, ThreadIo
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.manager import TierManager
+from kvstore.policy import make_policy
 from kvstore.promotion import Promotion
 from kvstore.slot import KeyArray, SlotCodec, SlotFormat, Slots, read_integrity_key
 from kvstore.tiers.base import TierStats
+from kvstore.tiers.device import DeviceTier
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +68,16 @@ class TieredStore:
         self._codec = SlotCodec(fmt, read_integrity_key(config.integrity_key_file))
         self._namespace = self.identity.namespace(INITIAL_EPOCH)
         num_slots = config.host.num_blocks // self.blocks_per_chunk
-        self._manager = TierManager(num_slots, self.blocks_per_chunk, config.host.eviction_policy)
+        make_policy(config.host.eviction_policy, 1)  # a wrong name stops the start before memory is taken
         self._arena = HostArena(num_slots, fmt.slot_nbytes)
+        self._manager = TierManager(num_slots, self.blocks_per_chunk, config.host.eviction_policy)
         self._copier = Copier(self.layout, self.blocks_per_chunk, self._arena.rows)
         self._stats = TierStats(name="host")
         self._lock = threading.Lock()
+        self._resetting = threading.Lock()
+        self._lower_epoch = self._manager.epoch  # the epoch that the lower tiers look up in
         self._closed = False
+        self._device = DeviceTier(config.device, self.layout) if config.device is not None else None
         self._io: IoService | None = None
         try:
             if config.disk is not None or config.shared is not None:
@@ -100,23 +106,26 @@ class TieredStore:
         self._check_open()
         self._copier.check(blocks, "blocks")
         self._check_range(keys, blocks, first_block)
+        device_epoch = self._device.epoch if self._device is not None else 0
         deadline = time.monotonic() + self.config.put_timeout_s
         per_chunk = self.blocks_per_chunk
         wanted = keys[first_block : first_block + len(blocks)]
-        start = int(np.argmin(np.append(self._manager.contains(wanted), False)))
-        start -= (first_block + start) % per_chunk if start else 0
-        start = max(0, start)
+        present = int(np.argmin(np.append(self._manager.contains(wanted), False)))
+        start = max(0, present - (first_block + present) % per_chunk)  # cut chunks where others cut them
         end = start + (len(blocks) - start) // per_chunk * per_chunk
         step = max(1, _PIECE_NBYTES // self._codec.fmt.slot_nbytes) * per_chunk
-        taken = min(start, len(blocks))
-        while taken < end:
+        taken = start
+        while present < len(wanted) and taken < end:
             piece = min(step, end - taken)
             done = self._put_chunks(wanted[taken : taken + piece], blocks[taken : taken + piece], deadline)
             taken += done
             if done < piece:
                 break
+        self._count(dropped_blocks=end - taken if present < len(wanted) else 0)
+        taken = max(taken, present)
         self._manager.touch(keys[: first_block + taken])
-        self._count(dropped_blocks=max(0, end - taken))
+        if self._device is not None:
+            self._device.put(wanted[:taken], blocks[:taken], device_epoch)
         return taken
 
     def prefix_hit(self, keys: Sequence[BlockKey]) -> int:
@@ -124,8 +133,9 @@ class TieredStore:
         self._check_open()
         hit = 0
         while hit < len(keys):
-            found = self._manager.prefix_hit(keys[hit:])
-            if not found and self._io is not None:
+            found = self._device.prefix_hit(keys[hit:]) if self._device is not None else 0
+            found = found or self._manager.prefix_hit(keys[hit:])
+            if not found and self._io is not None and self._lower_epoch == self._manager.epoch:
                 found = sum(chunk.num_keys for _, chunk in self._io.find_prefix(keys[hit:]))
             if not found:
                 break
@@ -151,10 +161,9 @@ class TieredStore:
         wanted = keys[first_block : first_block + len(out)]
         done = 0
         while done < len(wanted) and time.monotonic() < deadline:
-            loaded = self._get_from_host(wanted[done:], out[done:])
-            if not loaded and self._io is not None:
-                promotion = Promotion(self._manager, self._io, self._copier, self._arena.rows, self._codec.fmt)
-                loaded = promotion.run(wanted[done:], out[done:], deadline)
+            loaded = self._device.get(wanted[done:], out[done:]) if self._device is not None else 0
+            if not loaded:
+                loaded = self._get_from_below(wanted[done:], out[done:], deadline)
             if not loaded:
                 break
             done += loaded
@@ -181,16 +190,23 @@ class TieredStore:
         later openers too; other processes' data, and a shared path's, stays theirs.
         """
         self._check_open()
-        with self._lock:
-            self._namespace = self.identity.namespace(os.urandom(_EPOCH_NBYTES))
-            self._manager.reset()
+        with self._resetting:
+            with self._lock:  # from here on nothing old is published, and lower tiers are not asked
+                self._lower_epoch = -1
+                self._namespace = self.identity.namespace(os.urandom(_EPOCH_NBYTES))
+                epoch = self._manager.reset()
+            if self._device is not None:
+                self._device.reset()
             if self._io is not None:
                 self._io.set_namespace(self._namespace)
+            self._lower_epoch = epoch
 
     def purge(self, keys: Sequence[BlockKey]) -> int:
         """Delete every chunk that holds one of these keys, in all tiers, so that no rebuilt
         index brings it back; returns how many were deleted."""
         self._check_open()
+        if self._device is not None:
+            self._device.drop(keys)
         deleted = self._manager.drop(keys)
         return max(deleted, self._io.purge(keys)) if self._io is not None else deleted
 
@@ -203,8 +219,9 @@ class TieredStore:
             host.capacity_blocks, host.capacity_nbytes = self._manager.num_slots * per_chunk, self._arena_nbytes
             host.used_blocks, host.used_nbytes = ready * per_chunk, ready * nbytes
             host.pinned_blocks, host.evicted_blocks = pinned * per_chunk, evicted * per_chunk
+        upper = [] if self._device is None else [self._device.stats()]
         lower = [] if self._io is None else self._io.stats()
-        return StoreStats({stats.name: stats for stats in (host, *lower)})
+        return StoreStats({stats.name: replace(stats) for stats in (*upper, host, *lower)})
 
     def close(self) -> None:
         """Finish write-behind, then release everything. Later calls raise StoreClosedError."""
@@ -214,6 +231,8 @@ class TieredStore:
             self._closed = True
         if self._io is not None:
             self._io.close()
+        if self._device is not None:
+            self._device.close()
         self._arena.close()
 
     def __enter__(self) -> Self:
@@ -237,7 +256,8 @@ class TieredStore:
         absent = ~self._manager.contains(keys).reshape(total, per_chunk).all(axis=1)
         todo = np.flatnonzero(absent)
         while done < len(todo):
-            epoch, namespace = self._manager.epoch, self._namespace
+            with self._lock:
+                epoch, namespace = self._manager.epoch, self._namespace
             slots = self._manager.reserve(len(todo) - done, deadline)
             if not len(slots):
                 return int(todo[done]) * per_chunk
@@ -265,6 +285,17 @@ class TieredStore:
         kept = self._manager.publish(slots, keys, epoch, pins=0 if self._io is None else 1)
         if self._io is not None and kept.any():
             self._io.store(slots[kept], keys[kept], namespace, self._manager.unpin)
+
+    def _get_from_below(self, keys: Sequence[BlockKey], out: torch.Tensor, deadline: float) -> int:
+        """Load leading blocks from host memory, else from the lower tiers; the device keeps them."""
+        device_epoch = self._device.epoch if self._device is not None else 0
+        loaded = self._get_from_host(keys, out)
+        if not loaded and self._io is not None and self._lower_epoch == self._manager.epoch:
+            promotion = Promotion(self._manager, self._io, self._copier, self._arena.rows, self._codec.fmt)
+            loaded = promotion.run(keys, out, deadline)
+        if loaded and self._device is not None:
+            self._device.put(keys[:loaded], out[:loaded], device_epoch)
+        return loaded
 
     def _get_from_host(self, keys: Sequence[BlockKey], out: torch.Tensor) -> int:
         lease = self._manager.prepare_load(keys)

@@ -48,6 +48,7 @@ class TierStats:
 
     name: str
     state: str = "on"  # "on", "read-only" or "off"
+    problem: str = ""  # what is wrong now, for a person
     capacity_blocks: int | None = None
     used_blocks: int | None = None
     capacity_nbytes: int = 0

@@ -1,0 +1,1 @@
+"""Connectors between the store and engines. Importing this package imports no engine."""

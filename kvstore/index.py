@@ -1,0 +1,160 @@
+"""Block key -> location, for millions of keys: an open-addressing hash table in numpy arrays.
+
+A location is ``slot * blocks_per_chunk + position``. The table holds locations only; keys lie
+in an array by location, so a look-up hashes a batch, gathers, and compares all 36 bytes.
+Linear probing; a removed entry leaves a tombstone unless the next entry is empty. Decides
+nothing, and knows no bytes but those of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.keys import KEY_NBYTES, BlockKey, keys_to_array
+
+Slots = NDArray[np.int64]
+_WORDS: Final = KEY_NBYTES // 4
+_EMPTY: Final = 0  # other values are location + 2
+_TOMBSTONE: Final = 1
+_OFFSET: Final = 2
+_MAX_USED: Final = 0.75
+# odd multipliers, one a word: multiply-shift hashing (Dietzfelbinger et al., 1997)
+_MULTIPLIERS: Final = np.random.Generator(np.random.PCG64(0x6B76)).integers(1 << 62, 1 << 63, _WORDS, dtype=np.uint64) | 1
+
+
+class BlockIndex:
+    """Args:
+    num_slots: slots it may hold, of ``blocks_per_chunk`` keys each.
+    """
+
+    def __init__(self, num_slots: int, blocks_per_chunk: int) -> None:
+        self.num_slots, self.blocks_per_chunk = num_slots, blocks_per_chunk
+        self._keys = np.zeros((num_slots * blocks_per_chunk, _WORDS), dtype=np.uint32)
+        self._in = np.zeros(num_slots, dtype=np.bool_)
+        self._make_table()
+
+    def __len__(self) -> int:
+        """Number of keys that can be found."""
+        return self._num_used - self._num_tombstones
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + self._in.nbytes + self._table.nbytes
+
+    def find_prefix(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
+        """Locations of the leading keys that are present, shape (m,), m <= len(keys)."""
+        locations, found = self._find(_words(keys))
+        return locations if found.all() else locations[: int(found.argmin())]
+
+    def contains(self, keys: Sequence[BlockKey]) -> NDArray[np.bool_]:
+        """Which keys are present, shape (len(keys),)."""
+        return self._find(_words(keys))[1]
+
+    def insert(self, slots: Slots, keys: NDArray[np.uint8]) -> None:
+        """Add slots that are not in, with their keys, shape (n, blocks_per_chunk, 36).
+
+        A key that is in already is found at its newest location from now on.
+        """
+        words = np.ascontiguousarray(keys, dtype=np.uint8).reshape(-1, KEY_NBYTES).view(np.uint32)
+        locations = (slots[:, None] * self.blocks_per_chunk + np.arange(self.blocks_per_chunk)).reshape(-1)
+        self._keys[locations] = words
+        self._in[slots] = True
+        if self._num_used + len(locations) > _MAX_USED * len(self._table):
+            self._rebuild()
+        else:
+            self._add(locations, words)
+
+    def remove(self, slots: Slots) -> None:
+        """Take slots out, and every key that is found in them; slots that are not in are passed over."""
+        slots = slots[self._in[slots]]
+        self._in[slots] = False
+        locations = (slots[:, None] * self.blocks_per_chunk + np.arange(self.blocks_per_chunk)).reshape(-1)
+        found_at, places = self._probe(self._keys[locations])
+        mine = places[found_at == locations]
+        self._table[mine] = _TOMBSTONE
+        self._num_tombstones += len(mine)
+        self._sweep(mine)
+
+    def keys_of(self, slots: Slots) -> NDArray[np.uint8]:
+        """Keys of slots, shape (n, blocks_per_chunk, 36)."""
+        keys = self._keys.reshape(-1, self.blocks_per_chunk, _WORDS)[slots]
+        return keys.view(np.uint8).reshape(len(slots), self.blocks_per_chunk, KEY_NBYTES)
+
+    def slots(self) -> Slots:
+        """The slots that are in, ascending."""
+        return np.flatnonzero(self._in)
+
+    def _make_table(self) -> None:
+        size = 1 << max(4, int(np.ceil(np.log2(self.num_slots * self.blocks_per_chunk / 0.6 + 1))))
+        self._table = np.zeros(size, dtype=np.uint32 if len(self._keys) < 2**32 - _OFFSET else np.uint64)
+        self._shift = np.uint64(64 - size.bit_length() + 1)
+        self._mask = size - 1
+        self._num_used = self._num_tombstones = 0
+
+    def _home(self, words: NDArray[np.uint32]) -> NDArray[np.int64]:
+        mixed: NDArray[np.uint64] = (words * _MULTIPLIERS).sum(axis=1, dtype=np.uint64)
+        mixed ^= mixed >> np.uint64(32)
+        return ((mixed * _MULTIPLIERS[0]) >> self._shift).astype(np.int64)
+
+    def _find(self, words: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        locations, _ = self._probe(words)
+        return locations, locations >= 0
+
+    def _probe(self, words: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each key its location (negative: absent) and its place in the table."""
+        places = self._home(words)
+        locations = np.full(len(words), -1, dtype=np.int64)
+        open_ = np.arange(len(words))
+        while len(open_):
+            entries = self._table[places[open_]].astype(np.int64) - _OFFSET
+            held = entries >= 0
+            same = held.copy()
+            same[held] = (self._keys[entries[held]] == words[open_[held]]).all(axis=1)
+            locations[open_[same]] = entries[same]
+            open_ = open_[~same & (entries != _EMPTY - _OFFSET)]
+            places[open_] = (places[open_] + 1) & self._mask
+        return locations, places
+
+    def _add(self, locations: NDArray[np.int64], words: NDArray[np.uint32]) -> None:
+        present, places = self._probe(words)
+        known = present >= 0
+        self._table[places[known]] = locations[known] + _OFFSET
+        locations, words = locations[~known], words[~known]
+        places = self._home(words)
+        open_ = np.arange(len(words))
+        while len(open_):
+            at = places[open_]
+            free = self._table[at] < _OFFSET
+            was_tombstone = self._table[at] == _TOMBSTONE
+            self._table[at[free]] = locations[open_[free]] + _OFFSET
+            entries = self._table[at].astype(np.int64) - _OFFSET
+            won = entries == locations[open_]
+            self._num_used += int(np.count_nonzero(won & ~was_tombstone))
+            self._num_tombstones -= int(np.count_nonzero(won & was_tombstone))
+            twin = ~won & (self._keys[entries] == words[open_]).all(axis=1)
+            open_ = open_[~won & ~twin]
+            places[open_] = (places[open_] + 1) & self._mask
+
+    def _sweep(self, places: NDArray[np.int64]) -> None:
+        """Empty the tombstones that no probe need pass any more."""
+        while len(places):
+            last = self._table[(places + 1) & self._mask] == _EMPTY
+            places = np.unique(places[last & (self._table[places] == _TOMBSTONE)])
+            self._table[places] = _EMPTY
+            self._num_tombstones -= len(places)
+            self._num_used -= len(places)
+            places = (places - 1) & self._mask
+
+    def _rebuild(self) -> None:
+        self._make_table()
+        slots = self.slots()
+        locations = (slots[:, None] * self.blocks_per_chunk + np.arange(self.blocks_per_chunk)).reshape(-1)
+        self._add(locations, self._keys[locations])
+
+
+def _words(keys: Sequence[BlockKey]) -> NDArray[np.uint32]:
+    return keys_to_array(keys).view(np.uint32).reshape(len(keys), _WORDS)
