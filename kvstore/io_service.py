@@ -6,6 +6,7 @@ process of its own behind the same interface. Slots are those of the host arena.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from kvstore.tiers.base import FoundChunk, LowerTier, TierStats
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.shared import SharedTier
 from kvstore.write_behind import WriteBehind
+
+logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S: Final = 30.0
 Located = tuple[int, FoundChunk]  # (number of the tier, chunk)
@@ -117,7 +120,8 @@ class ThreadIo(IoService):
         return all_stats
 
     def close(self) -> None:
-        self._write_behind.close(time.monotonic() + CLOSE_TIMEOUT_S)
+        if not self._write_behind.close(time.monotonic() + CLOSE_TIMEOUT_S):
+            logger.warning("closed with writes that have not returned within %g s", CLOSE_TIMEOUT_S)
         for tier in self._tiers:
             tier.close()
 

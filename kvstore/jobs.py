@@ -162,10 +162,15 @@ class PooledReadJob(ReadJob):
         self._deadline = deadline
         self._returned: queue.SimpleQueue[ReadOperation] = queue.SimpleQueue()
         self._in_flight: dict[int, tuple[ReadOperation, Future[None]]] = {}
+        self._results: deque[tuple[int, bool]] = deque()  # known, not yielded yet
         self._fill()
 
     def __iter__(self) -> Iterator[tuple[int, bool]]:
-        while self._in_flight or self._waiting:
+        while self._in_flight or self._waiting or self._results:
+            while self._results:
+                yield self._results.popleft()
+            if not self._in_flight and not self._waiting:
+                return
             self._fill()
             try:
                 operation = self._returned.get(timeout=max(0.0, self._deadline - time.monotonic()))
@@ -176,11 +181,14 @@ class PooledReadJob(ReadJob):
             error = future.exception()
             if error is not None:
                 self._on_error(error, operation.indices)
-                yield from ((i, False) for i in operation.indices)
+                self._results.extend((i, False) for i in operation.indices)
             else:
-                yield from zip(operation.indices, map(bool, self._verify(operation.indices)), strict=True)
+                self._results.extend(zip(operation.indices, map(bool, self._verify(operation.indices)), strict=True))
 
     def abandon(self, release: Callable[[Indices], None]) -> None:
+        results, self._results = self._results, deque()
+        if results:
+            release([i for i, _ in results])
         waiting, self._waiting = self._waiting, deque()
         for operation in waiting:
             release(operation.indices)

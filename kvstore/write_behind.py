@@ -104,12 +104,10 @@ class WriteBehind:
         return all([w.close(deadline) for w in self._writers]) and not stuck
 
     def _seal_all(self) -> None:
+        step = max(1, BATCH_NBYTES // self._codec.fmt.slot_nbytes)
         while (taken := self._next()) is not None:
-            try:
-                self._seal(taken)
-            except Exception:  # reported, and the slots go back: the chunks are later misses
-                logger.exception("write-behind: chunks could not be sealed and are not stored")
-                taken.on_done(taken.host_slots)
+            for start in range(0, len(taken.host_slots), step):
+                self._seal(taken, slice(start, start + step))
             with self._change:
                 self._num_unsealed -= 1
                 self._change.notify_all()
@@ -119,15 +117,18 @@ class WriteBehind:
             self._change.wait_for(lambda: self._waiting or self._closed)
             return self._waiting.popleft() if self._waiting else None
 
-    def _seal(self, taken: _Submitted) -> None:
-        step = max(1, BATCH_NBYTES // self._codec.fmt.slot_nbytes)
-        for start in range(0, len(taken.host_slots), step):
-            slots, keys = taken.host_slots[start : start + step], taken.keys[start : start + step]
+    def _seal(self, taken: _Submitted, part: slice) -> None:
+        slots, keys = taken.host_slots[part], taken.keys[part]
+        try:
             generations = self._next_generations(len(slots))
             self._codec.seal(self._rows, slots, keys, taken.namespace, generations)
-            batch = _Batch(SealedChunks(slots, keys, taken.namespace, generations), taken.on_done, len(self._writers))
-            for writer in self._writers:
-                writer.put(batch)
+        except Exception:  # reported, and the slots go back: the chunks are later misses
+            logger.exception("write-behind: %d chunks could not be sealed and are not stored", len(slots))
+            taken.on_done(slots)
+            return
+        batch = _Batch(SealedChunks(slots, keys, taken.namespace, generations), taken.on_done, len(self._writers))
+        for writer in self._writers:
+            writer.put(batch)
 
     def _next_generations(self, n: int) -> np.ndarray:
         """Rising from batch to batch, falling along a prefix: older is next to be evicted."""

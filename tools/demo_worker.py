@@ -60,7 +60,8 @@ class Worker:
     def load(self, model: str) -> dict[str, Any]:
         """Load the model and run something through it, so that nothing is measured cold."""
         start = time.perf_counter()
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._model.eval()
         self._identity = identity_of(self._model, name=MODEL_NAME, block_size=BLOCK_SIZE)
         self._model(input_ids=torch.arange(1000, 1000 + _WARM_UP_TOKENS).unsqueeze(0), logits_to_keep=1)
         return {"seconds": time.perf_counter() - start}
@@ -131,8 +132,9 @@ class Worker:
 
 def main() -> None:
     """Serve requests until stdin ends. What libraries print goes to stderr."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = Worker()

@@ -81,8 +81,9 @@ class TierBench:
         """Fill and seal slots 0, 1, ... with these keys' chunks."""
         array = keys_to_array(keys).reshape(-1, self.blocks_per_chunk, len(keys[0]))
         slots = np.arange(len(array), dtype=np.int64)
-        generations = np.arange(self._generation, self._generation + len(array), dtype=np.uint64)
-        self._generation += len(array)
+        first = max(time.time_ns(), self._generation + 1)  # as write-behind gives them
+        self._generation = first + len(array)
+        generations = np.arange(self._generation - 1, first - 1, -1, dtype=np.uint64)
         for slot, chunk in zip(slots, array, strict=True):
             self.rows[slot, : self.codec.fmt.payload_nbytes] = self.payload(array_to_keys(chunk)[-1])
         namespace = self.namespace if namespace is None else namespace

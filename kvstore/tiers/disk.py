@@ -301,6 +301,7 @@ class _DiskRead(ReadJob):
         if volume is not None:
             current, self._keys = volume.pin_current(slots, generations)
         self._gone = np.flatnonzero(~current).tolist()
+        self._pinned = current.copy()
         at = np.flatnonzero(current)
         self._start = time.monotonic()
         operations = []
@@ -310,8 +311,8 @@ class _DiskRead(ReadJob):
         self._job = PooledReadJob(tier._pool, operations, self._verify, self._error, deadline)
 
     def __iter__(self) -> Iterator[tuple[int, bool]]:
-        gone, self._gone = self._gone, []
-        yield from ((i, False) for i in gone)
+        while self._gone:
+            yield self._gone.pop(), False
         yield from self._job
         self._tier._count("read_s", time.monotonic() - self._start)
 
@@ -322,8 +323,9 @@ class _DiskRead(ReadJob):
             release(indices)
 
         self._job.abandon(returned)
-        if self._gone:
-            release(self._gone)
+        gone, self._gone = self._gone, []
+        if gone:
+            release(gone)
 
     def _reader(self, indices: NDArray[np.int64]) -> Callable[[], None]:
         tier, volume = self._tier, self._volume
@@ -367,7 +369,9 @@ class _DiskRead(ReadJob):
 
     def _unpin(self, indices: Indices) -> None:
         if self._volume is not None:
-            self._volume.unpin(self._slots[indices])
+            held = np.asarray(indices)[self._pinned[indices]]  # once: what was verified may still be abandoned
+            self._pinned[held] = False
+            self._volume.unpin(self._slots[held])
 
 
 def _writer(fd: int, buffers: list[NDArray[np.uint8]], offset: int) -> Callable[[], None]:

@@ -58,7 +58,8 @@ class DirectoryHeader:
 def read_header(path: Path) -> DirectoryHeader | None:
     """Parse store.json; None where there is none or it is damaged."""
     try:
-        fd = os.open(path / "store.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # O_NONBLOCK: a FIFO in its place must not hold the opener
+        fd = os.open(path / "store.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(fd, "rb") as f:
             raw = json.loads(f.read(_STORE_JSON_MAX_NBYTES))
         header = DirectoryHeader(
@@ -71,6 +72,20 @@ def read_header(path: Path) -> DirectoryHeader | None:
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return header if raw.get("format") == _FORMAT and header.slot_nbytes > 0 and header.num_slots > 0 else None
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process has the directory open; changes nothing."""
+    try:
+        fd = os.open(path / "locks", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _MEMBER_BYTE, 1, 0)
+        kind: int = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
+    finally:
+        os.close(fd)
+    return kind != fcntl.F_UNLCK
 
 
 class DiskDirectory:

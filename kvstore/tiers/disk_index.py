@@ -2,8 +2,9 @@
 
 A rebuildable accelerator: the slots' own trailers are the truth. Keyed by slot, so that a
 reused slot replaces its entry; a record holds the entries of some dozens of neighbours, so
-that a million slots load in a fraction of a second. An entry of generation 0 is empty. Written by one thread a process in unsynced, batched
-transactions; other processes follow the log. It knows records, never payload.
+that a million slots load in a fraction of a second. An entry of generation 0 is empty.
+Written by one thread a process in unsynced, batched transactions; other processes follow
+the log. It knows records, never payload.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,7 @@ from kvstore.slot import KeyArray, Slots
 
 _LOG_RECORDS: Final = 512
 _RECORD_NBYTES: Final = 1900  # two fit an LMDB page
+_MAX_GROUPS: Final = 1 << 40
 _CHECK_TIMEOUT_S: Final = 120.0
 _CLOSE_TIMEOUT_S: Final = 5.0
 _WRITER_NBYTES: Final = 8
@@ -92,10 +94,8 @@ class DiskIndex:
             lmdb.Error, OSError: it cannot be opened.
         """
         self.path = path
-        self._entry = np.dtype(
-            [("generation", "=u8"), ("namespace", f"V{NAMESPACE_NBYTES}"), ("keys", "u1", (blocks_per_chunk, KEY_NBYTES))]
-        )
-        self._group = max(1, _RECORD_NBYTES // self._entry.itemsize)  # entries a record
+        self._blocks_per_chunk = blocks_per_chunk
+        self._entry, self._group = _entry_format(blocks_per_chunk)
         self._env = _acquire(path, _map_nbytes(num_slots, self._entry.itemsize))
         self._inode = os.stat(path / "data.mdb").st_ino
         self._users = threading.Condition()
@@ -112,12 +112,8 @@ class DiskIndex:
         with self._begin() as txn:
             self._seen_txn = txn.id()
             self._seen_log = self._last_log(txn)
-            items = [(k, v) for k, v in txn.cursor(db=self._slots_db) if self._sound(k, v)]
-        groups = np.frombuffer(b"".join([k for k, _ in items]), dtype=np.uint64).astype(np.int64)
-        entries = np.frombuffer(b"".join([v for _, v in items]), dtype=self._entry)
-        slots = (groups[:, None] * self._group + np.arange(self._group)).reshape(-1)
-        held = np.flatnonzero(entries["generation"])
-        return _records(slots[held], entries[held])
+            items = list(txn.cursor(db=self._slots_db))
+        return decode(items, self._blocks_per_chunk)
 
     def changes(self) -> Changes | None:
         """What other processes committed since the last call.
@@ -209,9 +205,6 @@ class DiskIndex:
     def _record_nbytes(self) -> int:
         return self._group * self._entry.itemsize
 
-    def _sound(self, key: bytes, value: bytes) -> bool:
-        return len(key) == _U64.size and len(value) == self._record_nbytes
-
     def _read(self, txn: lmdb.Transaction, groups: NDArray[np.int64]) -> NDArray[np.void]:
         """Entries of these groups, shape (len(groups), self._group); writable."""
         empty = bytes(self._record_nbytes)
@@ -248,6 +241,27 @@ class DiskIndex:
         cursor = txn.cursor(db=self._log_db)
         while cursor.first() and _U64.unpack(cursor.key())[0] <= last + 1 - _LOG_RECORDS:
             cursor.delete()
+
+
+def decode(items: Iterable[tuple[bytes, bytes]], blocks_per_chunk: int) -> Records:
+    """Records from keys and values of the slots database; those that are damaged are left out."""
+    dtype, group = _entry_format(blocks_per_chunk)
+    sound = [(k, v) for k, v in items if len(k) == _U64.size and len(v) == group * dtype.itemsize]
+    groups = np.frombuffer(b"".join([k for k, _ in sound]), dtype=np.uint64)
+    entries = np.frombuffer(b"".join([v for _, v in sound]), dtype=dtype).reshape(len(groups), group)
+    possible = groups < _MAX_GROUPS
+    slots = groups[possible].astype(np.int64)[:, None] * group + np.arange(group)
+    entries = entries[possible].reshape(-1)
+    held = np.flatnonzero(entries["generation"])
+    return _records(slots.reshape(-1)[held], entries[held])
+
+
+def _entry_format(blocks_per_chunk: int) -> tuple[np.dtype[np.void], int]:
+    """What is kept of a slot, and of how many slots in one LMDB record."""
+    dtype = np.dtype(
+        [("generation", "=u8"), ("namespace", f"V{NAMESPACE_NBYTES}"), ("keys", "u1", (blocks_per_chunk, KEY_NBYTES))]
+    )
+    return dtype, max(1, _RECORD_NBYTES // dtype.itemsize)
 
 
 def _records(slots: Slots, entries: NDArray[np.void]) -> Records:

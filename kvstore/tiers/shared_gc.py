@@ -31,7 +31,7 @@ from kvstore.tiers.shared_tree import (
 
 STALE_S: Final = 3600.0  # temporary files and empty folders older than this have no writer any more
 _MAX_BUCKETS: Final = 1 << 16
-_FINEST_S: Final = 2.0**-10
+_FINEST_NS: Final = 1024
 
 
 @dataclass(slots=True)
@@ -69,14 +69,14 @@ class AgeHistogram:
     """Bytes by mtime, in buckets that widen so that there are never more than `_MAX_BUCKETS`."""
 
     def __init__(self) -> None:
-        self._width_s = _FINEST_S
+        self._width_ns = _FINEST_NS
         self._nbytes: dict[int, float] = {}
 
-    def bucket(self, mtime: float) -> int:
-        return int(mtime // self._width_s)
+    def bucket(self, mtime_ns: int) -> int:
+        return mtime_ns // self._width_ns
 
-    def add(self, mtime: float, nbytes: float) -> None:
-        bucket = self.bucket(mtime)
+    def add(self, mtime_ns: int, nbytes: float) -> None:
+        bucket = self.bucket(mtime_ns)
         self._nbytes[bucket] = self._nbytes.get(bucket, 0.0) + nbytes
         while len(self._nbytes) > _MAX_BUCKETS:
             self._widen()
@@ -92,7 +92,7 @@ class AgeHistogram:
         return last, nbytes
 
     def _widen(self) -> None:
-        self._width_s *= 2
+        self._width_ns *= 2
         wide: dict[int, float] = {}
         for bucket, nbytes in self._nbytes.items():
             wide[bucket >> 1] = wide.get(bucket >> 1, 0.0) + nbytes
@@ -145,7 +145,7 @@ class _Run:
                 total += entry.nbytes
                 if is_chunk:
                     report.names += 1
-                    ages.add(mtime, entry.nbytes)
+                    ages.add(entry.status.st_mtime_ns, entry.nbytes)
         report.nbytes = round(total)
         return ages
 
@@ -153,7 +153,7 @@ class _Run:
         last, of_last = ages.oldest(nbytes)
         left, doomed = self.report.nbytes, set[int]()  # files of the last bucket, by st_ino
         for entry in self._entries(path):
-            status, bucket = entry.status, ages.bucket(entry.status.st_mtime)
+            status, bucket = entry.status, ages.bucket(entry.status.st_mtime_ns)
             if bucket > last or not CHUNK_NAME.fullmatch(entry.name):
                 continue
             if bucket == last and status.st_ino not in doomed:

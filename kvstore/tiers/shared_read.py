@@ -25,7 +25,7 @@ from kvstore.tiers.shared_lookup import Place
 from kvstore.tiers.shared_tree import SharedTree
 
 OPERATION_NBYTES: Final = 1 << 20
-USED_STEP_NS: Final = 1_000_000  # later chunks of a prefix count as used earlier, so that gc takes tails first
+USED_STEP_NS: Final = 2048  # later chunks of a prefix count as used earlier, so that gc takes tails first
 
 
 class ReadObserver(Protocol):

@@ -1,0 +1,202 @@
+"""What a tier's directory holds, for people: read only, beside a running store or without one.
+
+A directory is described by whoever wrote it, who may be anyone: descriptions are bounded and
+checked before memory is allocated by them, and what cannot be read is a problem to be told,
+never an exception. What is common to both tiers is here; see `disk_catalog` and
+`shared_catalog`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.identity import FORMAT_VERSION, INITIAL_EPOCH, NAMESPACE_NBYTES
+from kvstore.keys import KEY_NBYTES, BlockKey
+from kvstore.layout import KVLayout, parse_dtype
+from kvstore.slot import DIGEST_NBYTES, SlotCodec, SlotFormat
+from kvstore.tiers.shared_tree import canonical_json
+
+MAX_CHUNK_NBYTES: Final = 4 << 30
+_MAX_FIELDS: Final = 64
+_MAX_LAYERS: Final = 4096
+_MAX_SIZE: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFormat:
+    """How a directory says its chunks look: identity, placement, and what follows from them."""
+
+    content: dict[str, str | int]
+    placed: dict[str, str | int]
+    layout: KVLayout
+    slot: SlotFormat
+
+    @classmethod
+    def of(cls, content: object, placed: object) -> Self:
+        """Check what was read from a directory's JSON.
+
+        Raises:
+            ValueError: it describes no KV that this version could read; says why.
+        """
+        content, placed = _fields(content, "identity"), _fields(placed, "placement")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format version {content.get('format_version')!r}; this kvstore reads {FORMAT_VERSION}")
+        layout = KVLayout(
+            num_layers=_number(placed, "num_layers", _MAX_LAYERS),
+            num_kv_heads=_number(placed, "num_kv_heads"),
+            head_size=_number(content, "head_size"),
+            block_size=_number(content, "block_size"),
+            dtype=parse_dtype(str(content.get("dtype"))),
+        )
+        blocks_per_chunk = _number(placed, "blocks_per_chunk")
+        placement = hashlib.sha256(canonical_json(placed)).digest()[:DIGEST_NBYTES]
+        slot = SlotFormat(layout.block_nbytes * blocks_per_chunk, blocks_per_chunk, placement)
+        if slot.slot_nbytes > MAX_CHUNK_NBYTES:
+            raise ValueError(f"chunks of {slot.slot_nbytes} bytes")
+        return cls(content, placed, layout, slot)
+
+    @property
+    def initial_namespace(self) -> bytes:
+        """The namespace of stores that have not been reset."""
+        digest = hashlib.sha256(canonical_json(self.content)).digest()
+        return hashlib.sha256(digest + INITIAL_EPOCH).digest()[:NAMESPACE_NBYTES]
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The chunks of one namespace and placement in one directory.
+
+    Attributes:
+        fmt: None where the directory's description is missing or damaged.
+        is_dead: no store will ever serve them again; they only wait to be overwritten.
+    """
+
+    tier: str
+    path: Path
+    namespace: bytes
+    fmt: StoredFormat | None
+    is_dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """One chunk. ``place`` is its slot on disk, its file on a shared path.
+
+    Attributes:
+        key_bytes: the block keys that it is found by, one after the other.
+        time_ns: when it was stored (disk), or last used, to the hour (shared).
+        generation: what the index says of it; 0 where there is no index.
+    """
+
+    space: Space
+    place: int | Path
+    key_bytes: bytes
+    nbytes: int
+    time_ns: int
+    generation: int = 0
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        data = self.key_bytes
+        return [BlockKey(data[i : i + KEY_NBYTES]) for i in range(0, len(data), KEY_NBYTES)]
+
+    @property
+    def name(self) -> str:
+        return f"slot {self.place}" if isinstance(self.place, int) else str(self.place)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of checking a chunk: ``reason`` is empty where it is sound.
+
+    Attributes:
+        is_gone: evicted since it was listed; neither good nor bad.
+        row: its bytes as a slot; None where they could not be read.
+    """
+
+    chunk: StoredChunk
+    reason: str = ""
+    is_gone: bool = False
+    row: NDArray[np.uint8] | None = None
+
+    @property
+    def is_bad(self) -> bool:
+        return bool(self.reason) and not self.is_gone
+
+
+class Catalog(ABC):
+    """One tier's directory. Never writes. Methods may be called in any order, by one thread.
+
+    Attributes:
+        problems: what is wrong with the directory itself; grows while it is read.
+    """
+
+    tier: str
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[str] = []
+
+    @abstractmethod
+    def formats(self) -> list[StoredFormat]:
+        """Every identity and placement that is described here."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[StoredChunk]:
+        """Everything that a store could find here, payload unread."""
+
+    @abstractmethod
+    def check(self, integrity_key: bytes | None = None) -> Iterator[Verdict]:
+        """Read and verify everything; rows are not kept."""
+
+    @abstractmethod
+    def read(self, chunk: StoredChunk, integrity_key: bytes | None = None) -> Verdict:
+        """Read and verify one chunk; its row is there also where it is bad, if it can be read."""
+
+    def num_chunks(self) -> int:
+        """How many `check` will go through, as far as is known: for showing progress."""
+        return sum(1 for _ in self.chunks())
+
+
+def why_bad(codec: SlotCodec, row: NDArray[np.uint8], chunk: StoredChunk, keys: list[BlockKey]) -> str:
+    """The reason why a slot is not what it is found as; "" where all is well.
+
+    Args:
+        row: shape (slot_nbytes,).
+        keys: that the slot must hold, in any place.
+    """
+    rows, first, body = row.reshape(1, -1), np.zeros(1, dtype=np.int64), codec.fmt.body_nbytes
+    trailer = codec.parse(rows[:, body:])
+    held = trailer.keys.tobytes()
+    if not trailer.valid[0]:
+        return "trailer is damaged, or signed with another key"
+    if trailer.namespaces[0].tobytes() != chunk.space.namespace:
+        return f"holds namespace {trailer.namespaces[0].tobytes().hex()}"
+    if any(key not in {held[i : i + KEY_NBYTES] for i in range(0, len(held), KEY_NBYTES)} for key in keys):
+        return "holds other keys"
+    if chunk.generation and int(trailer.generations[0]) != chunk.generation:
+        return "holds another generation"
+    return "" if codec.verify(rows, first, chunk.space.namespace).valid[0] else "payload does not match its checksum"
+
+
+def _fields(value: object, what: str) -> dict[str, str | int]:
+    if not isinstance(value, dict) or len(value) > _MAX_FIELDS:
+        raise ValueError(f"{what} is no mapping")
+    if not all(isinstance(k, str) and isinstance(v, str | int) for k, v in value.items()):
+        raise ValueError(f"{what} has values that are neither texts nor numbers")
+    return value
+
+
+def _number(fields: dict[str, Any], name: str, most: int = _MAX_SIZE) -> int:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}")
+    return value

@@ -1,0 +1,41 @@
+"""Copies the slots database of an LMDB index to stdout, in a process of its own.
+
+A damaged LMDB file can kill its reader with SIGBUS, or lead it round in circles; so a child
+reads, and its parent believes nothing but lengths. Run as a script, ``python lmdb_dump.py
+DIRECTORY {lock,nolock}``. Each record is two uint32 lengths, the key, the value. With
+"nolock" nothing is written, which is right while nobody has the index open.
+"""
+
+import os
+import struct
+import sys
+from collections.abc import Iterator
+
+import lmdb
+
+
+def records(path: str, *, lock: bool) -> Iterator[tuple[bytes, bytes]]:
+    """Every record of the slots database; raises lmdb.Error where it is damaged."""
+    with lmdb.open(path, readonly=True, lock=lock, max_dbs=8, create=False) as env:
+        slots = env.open_db(b"slots", create=False)
+        with env.begin(db=slots) as txn:
+            yield from txn.cursor()
+
+
+def main(path: str, mode: str) -> None:
+    """Write the records; fails once they are more than their file can hold."""
+    left = os.path.getsize(os.path.join(path, "data.mdb"))
+    for key, value in records(path, lock=mode == "lock"):
+        left -= len(key) + len(value)
+        if left < 0:
+            raise lmdb.Error("its pages go round in circles")
+        sys.stdout.buffer.write(struct.pack("=II", len(key), len(value)) + key + value)
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2])
+    except (lmdb.Error, OSError) as e:
+        print(e, file=sys.stderr)
+        sys.exit(1)
