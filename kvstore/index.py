@@ -1,9 +1,9 @@
 """Block key -> location, for millions of keys: an open-addressing hash table in numpy arrays.
 
-A location is ``slot * blocks_per_chunk + position``. The table holds locations only; keys lie
-in an array by location, so a look-up hashes a batch, gathers, and compares all 36 bytes.
-Linear probing; a removed entry leaves a tombstone unless the next entry is empty. Decides
-nothing, and knows no bytes but those of keys.
+A location is ``slot * blocks_per_chunk + position``. An entry of the table is 32 bits of the
+key's hash and the location; keys lie in an array by location. A look-up probes a batch by
+those 32 bits and then compares all 36 bytes, so equal hashes are right too. Linear probing;
+a removed entry leaves a tombstone unless the next entry is empty. Decides nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.errors import ConfigError
 from kvstore.keys import KEY_NBYTES, BlockKey, keys_to_array
 
 Slots = NDArray[np.int64]
 _WORDS: Final = KEY_NBYTES // 4
-_EMPTY: Final = 0  # other values are location + 2
-_TOMBSTONE: Final = 1
-_OFFSET: Final = 2
+_EMPTY: Final = np.uint64(0)
+_TOMBSTONE: Final = np.uint64(1)  # no key's: an entry's upper half is never 0
+_LOCATION: Final = np.uint64(2**32 - 1)
+_HALF: Final = np.uint64(32)
 _MAX_USED: Final = 0.75
 # odd multipliers, one a word: multiply-shift hashing (Dietzfelbinger et al., 1997)
 _MULTIPLIERS: Final = np.random.Generator(np.random.PCG64(0x6B76)).integers(1 << 62, 1 << 63, _WORDS, dtype=np.uint64) | 1
@@ -32,6 +34,8 @@ class BlockIndex:
     """
 
     def __init__(self, num_slots: int, blocks_per_chunk: int) -> None:
+        if num_slots * blocks_per_chunk > _LOCATION:
+            raise ConfigError(f"num_blocks: {num_slots * blocks_per_chunk} is more than 2**32 - 1")
         self.num_slots, self.blocks_per_chunk = num_slots, blocks_per_chunk
         self._keys = np.zeros((num_slots * blocks_per_chunk, _WORDS), dtype=np.uint32)
         self._in = np.zeros(num_slots, dtype=np.bool_)
@@ -47,12 +51,13 @@ class BlockIndex:
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
         """Locations of the leading keys that are present, shape (m,), m <= len(keys)."""
-        locations, found = self._find(_words(keys))
+        locations, _ = self._probe(_words(keys))
+        found = locations >= 0
         return locations if found.all() else locations[: int(found.argmin())]
 
     def contains(self, keys: Sequence[BlockKey]) -> NDArray[np.bool_]:
         """Which keys are present, shape (len(keys),)."""
-        return self._find(_words(keys))[1]
+        return self._probe(_words(keys))[0] >= 0
 
     def insert(self, slots: Slots, keys: NDArray[np.uint8]) -> None:
         """Add slots that are not in, with their keys, shape (n, blocks_per_chunk, 36).
@@ -90,53 +95,56 @@ class BlockIndex:
 
     def _make_table(self) -> None:
         size = 1 << max(4, int(np.ceil(np.log2(self.num_slots * self.blocks_per_chunk / 0.6 + 1))))
-        self._table = np.zeros(size, dtype=np.uint32 if len(self._keys) < 2**32 - _OFFSET else np.uint64)
-        self._shift = np.uint64(64 - size.bit_length() + 1)
+        self._table = np.zeros(size, dtype=np.uint64)
         self._mask = size - 1
         self._num_used = self._num_tombstones = 0
 
-    def _home(self, words: NDArray[np.uint32]) -> NDArray[np.int64]:
+    def _hash(self, words: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """For each key its first place in the table, and the upper half of its entry."""
         mixed: NDArray[np.uint64] = (words * _MULTIPLIERS).sum(axis=1, dtype=np.uint64)
-        mixed ^= mixed >> np.uint64(32)
-        return ((mixed * _MULTIPLIERS[0]) >> self._shift).astype(np.int64)
-
-    def _find(self, words: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        locations, _ = self._probe(words)
-        return locations, locations >= 0
+        mixed ^= mixed >> _HALF
+        mixed *= _MULTIPLIERS[0]
+        return (mixed >> _HALF).astype(np.int64) & self._mask, (mixed | np.uint64(1)) & _LOCATION
 
     def _probe(self, words: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For each key its location (negative: absent) and its place in the table."""
-        places = self._home(words)
-        locations = np.full(len(words), -1, dtype=np.int64)
-        open_ = np.arange(len(words))
-        while len(open_):
-            entries = self._table[places[open_]].astype(np.int64) - _OFFSET
-            held = entries >= 0
-            same = held.copy()
-            same[held] = (self._keys[entries[held]] == words[open_[held]]).all(axis=1)
-            locations[open_[same]] = entries[same]
-            open_ = open_[~same & (entries != _EMPTY - _OFFSET)]
-            places[open_] = (places[open_] + 1) & self._mask
-        return locations, places
+        places, marks = self._hash(words)
+        entries = self._table[places]
+        open_ = np.flatnonzero(((entries >> _HALF) != marks) & (entries != _EMPTY))
+        while True:
+            while len(open_):
+                at = places[open_] = (places[open_] + 1) & self._mask
+                entry = entries[open_] = self._table[at]
+                open_ = open_[((entry >> _HALF) != marks[open_]) & (entry != _EMPTY)]
+            locations = (entries & _LOCATION).astype(np.int64)
+            present = entries != _EMPTY
+            same = (self._keys[locations] == words).all(axis=1)
+            locations[~present] = -1
+            open_ = np.flatnonzero(present & ~same)
+            if not len(open_):
+                return locations, places
 
     def _add(self, locations: NDArray[np.int64], words: NDArray[np.uint32]) -> None:
-        present, places = self._probe(words)
-        known = present >= 0
-        self._table[places[known]] = locations[known] + _OFFSET
-        locations, words = locations[~known], words[~known]
-        places = self._home(words)
+        places, marks = self._hash(words)
+        entries = (marks << _HALF) | locations.astype(np.uint64)
+        if len(self):
+            present, present_at = self._probe(words)
+            known = present >= 0
+            self._table[present_at[known]] = entries[known]
+            entries, words, places = entries[~known], words[~known], places[~known]
         open_ = np.arange(len(words))
         while len(open_):
             at = places[open_]
-            free = self._table[at] < _OFFSET
-            was_tombstone = self._table[at] == _TOMBSTONE
-            self._table[at[free]] = locations[open_[free]] + _OFFSET
-            entries = self._table[at].astype(np.int64) - _OFFSET
-            won = entries == locations[open_]
-            self._num_used += int(np.count_nonzero(won & ~was_tombstone))
-            self._num_tombstones -= int(np.count_nonzero(won & was_tombstone))
-            twin = ~won & (self._keys[entries] == words[open_]).all(axis=1)
-            open_ = open_[~won & ~twin]
+            before = self._table[at]
+            free = before <= _TOMBSTONE
+            self._table[at[free]] = entries[open_[free]]
+            after = self._table[at]
+            won = after == entries[open_]
+            self._num_used += int(np.count_nonzero(won & (before == _EMPTY)))
+            self._num_tombstones -= int(np.count_nonzero(won & (before == _TOMBSTONE)))
+            open_, holders = open_[~won], (after[~won] & _LOCATION).astype(np.int64)
+            twin = (self._keys[holders] == words[open_]).all(axis=1)  # two of one batch: the last has won
+            open_ = open_[~twin]
             places[open_] = (places[open_] + 1) & self._mask
 
     def _sweep(self, places: NDArray[np.int64]) -> None:

@@ -106,14 +106,14 @@ def hash_blocks(
     return keys
 
 
-def keys_to_array(keys: Sequence[bytes]) -> np.ndarray:
+def keys_to_array(keys: Sequence[BlockKey]) -> np.ndarray:
     """Keys as uint8, shape (len(keys), 36).
 
     Raises:
-        KeyFormatError: one of them does not have 36 bytes.
+        KeyFormatError: together they do not have 36 bytes each.
     """
     joined = b"".join(keys)
-    if len(joined) != len(keys) * KEY_NBYTES or any(len(k) != KEY_NBYTES for k in keys):
+    if len(joined) != len(keys) * KEY_NBYTES:
         raise KeyFormatError(f"every block key has {KEY_NBYTES} bytes")
     return np.frombuffer(joined, dtype=np.uint8).reshape(len(keys), KEY_NBYTES)
 

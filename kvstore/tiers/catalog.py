@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.identity import FORMAT_VERSION, INITIAL_EPOCH, NAMESPACE_NBYTES
-from kvstore.keys import KEY_NBYTES, BlockKey
+from kvstore.keys import BlockKey, array_to_keys
 from kvstore.layout import KVLayout, parse_dtype
 from kvstore.slot import DIGEST_NBYTES, SlotCodec, SlotFormat
 from kvstore.tiers.shared_tree import canonical_json
@@ -105,8 +105,12 @@ class StoredChunk:
 
     @property
     def keys(self) -> list[BlockKey]:
-        data = self.key_bytes
-        return [BlockKey(data[i : i + KEY_NBYTES]) for i in range(0, len(data), KEY_NBYTES)]
+        return array_to_keys(np.frombuffer(self.key_bytes, dtype=np.uint8))
+
+    @property
+    def slot(self) -> int:
+        assert isinstance(self.place, int)
+        return self.place
 
     @property
     def name(self) -> str:
@@ -133,17 +137,21 @@ class Verdict:
 
 
 class Catalog(ABC):
-    """One tier's directory. Never writes. Methods may be called in any order, by one thread.
+    """One tier's directory. Never writes. For one thread.
+
+    Args:
+        integrity_key: needed to verify what was signed with it.
 
     Attributes:
-        problems: what is wrong with the directory itself; grows while it is read.
+        problems: what is wrong with the directory itself; complete once it has been read.
     """
 
     tier: str
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, integrity_key: bytes | None = None) -> None:
         self.path = path
         self.problems: list[str] = []
+        self._integrity_key = integrity_key
 
     @abstractmethod
     def formats(self) -> list[StoredFormat]:
@@ -154,37 +162,34 @@ class Catalog(ABC):
         """Everything that a store could find here, payload unread."""
 
     @abstractmethod
-    def check(self, integrity_key: bytes | None = None) -> Iterator[Verdict]:
-        """Read and verify everything; rows are not kept."""
+    def check(self) -> Iterator[Verdict]:
+        """Read and verify everything; verdicts come without rows."""
 
     @abstractmethod
-    def read(self, chunk: StoredChunk, integrity_key: bytes | None = None) -> Verdict:
+    def read(self, chunk: StoredChunk) -> Verdict:
         """Read and verify one chunk; its row is there also where it is bad, if it can be read."""
 
-    def num_chunks(self) -> int:
-        """How many `check` will go through, as far as is known: for showing progress."""
-        return sum(1 for _ in self.chunks())
+    def _problem(self, text: str) -> None:
+        if text not in self.problems:
+            self.problems.append(text)
 
 
-def why_bad(codec: SlotCodec, row: NDArray[np.uint8], chunk: StoredChunk, keys: list[BlockKey]) -> str:
-    """The reason why a slot is not what it is found as; "" where all is well.
-
-    Args:
-        row: shape (slot_nbytes,).
-        keys: that the slot must hold, in any place.
-    """
-    rows, first, body = row.reshape(1, -1), np.zeros(1, dtype=np.int64), codec.fmt.body_nbytes
-    trailer = codec.parse(rows[:, body:])
-    held = trailer.keys.tobytes()
+def why_bad(codec: SlotCodec, row: NDArray[np.uint8], chunk: StoredChunk) -> str:
+    """The reason why a slot, shape (slot_nbytes,), is not what it is found as; "" where all is well."""
+    rows = row.reshape(1, -1)
+    trailer = codec.parse(rows[:, codec.fmt.body_nbytes :])
+    namespace, keys = trailer.namespaces[0].tobytes(), array_to_keys(trailer.keys[0])
     if not trailer.valid[0]:
-        return "trailer is damaged, or signed with another key"
-    if trailer.namespaces[0].tobytes() != chunk.space.namespace:
-        return f"holds namespace {trailer.namespaces[0].tobytes().hex()}"
-    if any(key not in {held[i : i + KEY_NBYTES] for i in range(0, len(held), KEY_NBYTES)} for key in keys):
-        return "holds other keys"
-    if chunk.generation and int(trailer.generations[0]) != chunk.generation:
+        return "trailer is damaged, or signed with another integrity key"
+    if namespace != chunk.space.namespace:
+        return f"holds namespace {namespace.hex()}"
+    on_disk = isinstance(chunk.place, int)  # where the index names all keys; a file has those names that it has
+    if chunk.keys != keys if on_disk else not set(chunk.keys) <= set(keys):
+        return f"holds other keys: {keys[0]} and on"
+    if chunk.generation not in (0, int(trailer.generations[0])):
         return "holds another generation"
-    return "" if codec.verify(rows, first, chunk.space.namespace).valid[0] else "payload does not match its checksum"
+    valid = codec.verify(rows, np.zeros(1, dtype=np.int64), namespace).valid[0]
+    return "" if valid else "payload does not match its checksum"
 
 
 def _fields(value: object, what: str) -> dict[str, str | int]:

@@ -88,8 +88,8 @@ class SharedTier(LowerTier):
             root.create()
         except OSError as e:
             self._health.fail(e)
-        self._pool = IoPool("kvstore-shared", config.num_threads)
         header_nbytes = self._format(namespace).header.nbytes
+        self._pool = IoPool("kvstore-shared", config.num_threads)
         self._reader = SharedReader(self._tree, self._pool, rows, codec, header_nbytes)
         self._writer = SharedWriter(self._tree, self._pool, rows, config.fsync)
         if blocks_per_chunk > 1 and self._health.on:
@@ -194,6 +194,8 @@ class SharedTier(LowerTier):
         return stats
 
     def close(self) -> None:
+        if self._closed:
+            return
         self._closed = True
         self._gc.close(_CLOSE_TIMEOUT_S)
         idle = self._write_lock.acquire(timeout=_CLOSE_TIMEOUT_S)

@@ -25,7 +25,7 @@ from kvstore.config import Fsync, SharedTierConfig
 from kvstore.errors import ConfigError
 from kvstore.keys import BlockKey
 from kvstore.testing.tier import LONG_S, OTHER_NAMESPACE, TierBench, TierTests
-from kvstore.tiers import shared_read
+from kvstore.tiers.chunk_file import ChunkReader
 from kvstore.tiers.shared import SharedTier
 
 MAX_IO_THREADS = 4
@@ -126,13 +126,13 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
     path.mkdir()
     mount("-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(path))
     yield path
-    while subprocess.run(["umount", "-l", str(path)], capture_output=True).returncode == 0:
+    while subprocess.run(["umount", "-l", str(path)], capture_output=True, check=False).returncode == 0:
         pass
 
 
 def mount(*arguments: str) -> None:
     try:
-        done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+        done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         pytest.skip("needs mount(8)")
     if done.returncode:
@@ -272,7 +272,8 @@ def test_what_is_no_chunk_is_a_miss(small: TierBench, tiers: Callable[..., Share
             f.write(bytes(4096))
     else:
         path.unlink()
-        {"fifo": os.mkfifo, "directory": os.mkdir, "empty": Path.touch}[kind](path)  # type: ignore[operator]
+        make: dict[str, Callable[[Path], None]] = {"fifo": os.mkfifo, "directory": os.mkdir, "empty": Path.touch}
+        make[kind](path)
     assert small.collect(tier, keys, found) == 1
     assert small.get(tier, keys) == 1
     assert small.put(tier, keys) == [True, kind != "directory"]
@@ -374,7 +375,7 @@ def test_lost_mount_is_not_filled_and_comes_back(
         tier, keys = tiers(small, point / inside), small.chain("a", 2)
         assert all(small.put(tier, keys))
         tier.stats()
-        until(lambda: subprocess.run(["umount", str(point)], capture_output=True).returncode == 0)
+        until(lambda: subprocess.run(["umount", str(point)], capture_output=True, check=False).returncode == 0)
         assert small.get(tier, keys) == 0, "vanished files are plain misses"
         assert tier.stats().corrupt_chunks == 0
         for i in range(20):
@@ -387,7 +388,7 @@ def test_lost_mount_is_not_filled_and_comes_back(
         assert all(small.put(tier, small.chain("c", 2)))
     finally:
         tier.close()
-        subprocess.run(["umount", "-l", str(point)], capture_output=True)
+        subprocess.run(["umount", "-l", str(point)], capture_output=True, check=False)
 
 
 def test_removed_directory_is_made_again_where_it_was(bench: TierBench, tiers: Callable[..., SharedTier]) -> None:
@@ -445,9 +446,6 @@ def test_missing_permission_stops_the_start(small: TierBench, tmp_path: Path) ->
         pytest.skip("needs root, to become another user")
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o700)
-    for parent in tmp_path.parents:
-        if parent.stat().st_mode & 0o011 == 0:
-            pytest.skip("the test's own directory can't be entered by another user") if parent == Path("/") else None
     os.seteuid(65534)
     try:
         with pytest.raises(ConfigError, match=r"shared\.path"):
@@ -631,7 +629,7 @@ def test_late_reads_return_their_slots(
     small: TierBench, tiers: Callable[..., SharedTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    read = shared_read.ChunkReader.read
+    read = ChunkReader.read
 
     def slow(*args: object) -> object:
         assert go.wait(LONG_S)
@@ -640,7 +638,7 @@ def test_late_reads_return_their_slots(
     tier, keys = tiers(small), small.chain("a", 8)
     small.put(tier, keys)
     chunks = tier.find_prefix(keys)
-    monkeypatch.setattr(shared_read.ChunkReader, "read", slow)
+    monkeypatch.setattr(ChunkReader, "read", slow)
     job = tier.read(chunks, small.read_slots(chunks), time.monotonic() + 0.05)
     assert list(job) == []
     assert tier.stats().late_chunks == 8

@@ -1,0 +1,259 @@
+"""What a disk directory holds, for people: read only, beside running stores or without one.
+
+What the index names is what a store can find; the slots say whether it is still true. Where
+the index cannot be read, the slots' own trailers are gone through, as a rebuild would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.direct_io import open_direct, preadv_full
+from kvstore.slot import ALIGNMENT, FOOTER, MAGIC, SlotCodec
+from kvstore.tiers.catalog import Catalog, Space, StoredChunk, StoredFormat, Verdict, why_bad
+from kvstore.tiers.disk_dir import DirectoryHeader, is_in_use, read_header
+from kvstore.tiers.disk_index import Records, decode, empty_records, joined
+from kvstore.tiers.page_buffer import page_aligned
+
+_DUMP_SCRIPT: Final = Path(__file__).with_name("lmdb_dump.py")
+_DUMP_TIMEOUT_S: Final = 120.0
+_ATTEMPTS: Final = 3
+_READ_NBYTES: Final = 8 << 20
+_SCAN_SLOTS: Final = 256
+_LENGTHS: Final = struct.Struct("=II")
+_BEHIND_END: Final = "lies behind the end of the data file"
+
+
+def is_disk_directory(path: Path) -> bool:
+    """Whether this is, or was, a disk tier's directory."""
+    has = {name: os.path.lexists(path / name) for name in ("store.json", "data", "index", "locks")}
+    return has["store.json"] or (has["data"] and (has["index"] or has["locks"]))
+
+
+class DiskCatalog(Catalog):
+    """See `Catalog`. A directory whose description cannot be read has problems and no chunks."""
+
+    tier = "disk"
+
+    def __init__(self, path: Path, integrity_key: bytes | None = None) -> None:
+        super().__init__(path, integrity_key)
+        self._described = self._read_header()
+        self._index: Records | None = None
+        self._is_read = False
+        self._spaces: dict[tuple[bytes, bool], Space] = {}
+
+    def formats(self) -> list[StoredFormat]:
+        return [self._described[1]] if self._described else []
+
+    def chunks(self) -> Iterator[StoredChunk]:
+        if self._described is None:
+            return
+        header, fmt = self._described
+        index = self._read_index_once(fmt)
+        records = self._scan(fmt) if index is None else index
+        keys = records.keys.reshape(len(records), -1)
+        for i, (slot, generation) in enumerate(zip(records.slots.tolist(), records.generations.tolist(), strict=True)):
+            space = self._space(header, fmt, records.namespaces[i].tobytes(), generation)
+            yield StoredChunk(space, slot, keys[i].tobytes(), fmt.slot.slot_nbytes, generation, generation)
+
+    def check(self) -> Iterator[Verdict]:
+        if self._described is None:
+            return
+        _, fmt = self._described
+        suspects: list[Verdict] = []
+        slots = set()
+        with self._data() as fd:
+            for run in _runs(self.chunks(), max(1, _READ_NBYTES // fmt.slot.slot_nbytes)):
+                slots.update(chunk.slot for chunk in run)
+                for verdict in self._check_run(fd, fmt, run):
+                    if verdict.is_bad:
+                        suspects.append(verdict)
+                    else:
+                        yield verdict
+        yield from self._look_again(fmt, suspects)
+        if self._index is None:
+            yield from self._lost(fmt, slots)
+
+    def read(self, chunk: StoredChunk) -> Verdict:
+        assert chunk.space.fmt is not None
+        fmt = chunk.space.fmt
+        row = page_aligned(fmt.slot.slot_nbytes)
+        with self._data() as fd:
+            problem = _read_slots(fd, row.reshape(1, -1), chunk.slot)[0]
+        if problem:
+            return Verdict(chunk, problem)
+        return Verdict(chunk, why_bad(self._codec(fmt), row, chunk), row=row)
+
+    # -- inside
+
+    def _read_header(self) -> tuple[DirectoryHeader, StoredFormat] | None:
+        try:
+            header = read_header(self.path)
+            if header is None:
+                raise ValueError("it is missing or damaged")
+            fmt = StoredFormat.of(header.content, header.placement)
+            if fmt.slot.slot_nbytes != header.slot_nbytes:
+                raise ValueError(f"slots of {header.slot_nbytes} bytes, not {fmt.slot.slot_nbytes}")
+        except (OSError, ValueError) as e:
+            self._problem(f"store.json: {e}; what is stored here cannot be told")
+            return None
+        return header, fmt
+
+    def _codec(self, fmt: StoredFormat) -> SlotCodec:
+        return SlotCodec(fmt.slot, self._integrity_key)
+
+    def _space(self, header: DirectoryHeader, fmt: StoredFormat, namespace: bytes, generation: int) -> Space:
+        is_dead = generation < header.retired.get(namespace.hex(), 0)
+        key = (namespace, is_dead)
+        if key not in self._spaces:
+            self._spaces[key] = Space(self.tier, self.path, namespace, fmt, is_dead)
+        return self._spaces[key]
+
+    @contextlib.contextmanager
+    def _data(self) -> Iterator[int | None]:
+        """The data file; None where there is none to be read."""
+        try:
+            fd = open_direct(self.path / "data", os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as e:
+            self._problem(f"data: {e.strerror}")
+            yield None
+            return
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                yield fd
+            else:
+                self._problem("data: not a regular file")
+                yield None
+        finally:
+            os.close(fd)
+
+    def _read_index_once(self, fmt: StoredFormat) -> Records | None:
+        if not self._is_read:
+            self._index = self._read_index(fmt)
+            self._is_read = True
+        return self._index
+
+    def _read_index(self, fmt: StoredFormat) -> Records | None:
+        """What the index holds; None where it cannot be read."""
+        file, problem = self.path / "index" / "data.mdb", "missing"
+        if not file.is_symlink() and file.is_file():
+            for attempt in range(_ATTEMPTS):
+                # In use: join its readers, or pages could be reused under us. The last try goes
+                # without, for a lock file of another user or another PID namespace.
+                mode = "lock" if is_in_use(self.path) and attempt < _ATTEMPTS - 1 else "nolock"
+                problem, items = _dump(file.parent, mode)
+                if not problem:
+                    return decode(items, fmt.slot.blocks_per_chunk)
+        self._problem(f"index: {problem}; the next store that opens the directory rebuilds it")
+        return None
+
+    def _scan(self, fmt: StoredFormat) -> Records:
+        """Entries from the trailers in the data file, as a rebuild makes them."""
+        found, codec = [empty_records(fmt.slot.blocks_per_chunk)], self._codec(fmt)
+        for slots, trailers in self._trailers(fmt):
+            parsed = codec.parse(trailers)
+            records = Records(slots, parsed.generations, parsed.namespaces, parsed.keys)
+            found.append(records.at(parsed.valid & (parsed.generations > 0)))
+        return joined(found)
+
+    def _lost(self, fmt: StoredFormat, known: set[int]) -> Iterator[Verdict]:
+        """Slots that were sealed once, and whose trailers no longer say what they hold."""
+        for slots, trailers in self._trailers(fmt):
+            footers = np.ascontiguousarray(trailers[:, -FOOTER.itemsize :]).view(FOOTER).reshape(-1)
+            for i in np.flatnonzero(footers["magic"] == np.void(MAGIC)).tolist():
+                if int(slots[i]) not in known:
+                    space = Space(self.tier, self.path, footers["namespace"][i].tobytes(), fmt)
+                    chunk = StoredChunk(space, int(slots[i]), b"", fmt.slot.slot_nbytes, 0)
+                    yield Verdict(chunk, "trailer is damaged, or signed with another integrity key")
+
+    def _trailers(self, fmt: StoredFormat) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        nbytes, slot_nbytes = fmt.slot.trailer_nbytes, fmt.slot.slot_nbytes
+        tail = page_aligned(-(-nbytes // ALIGNMENT) * ALIGNMENT)
+        with self._data() as fd:
+            num_slots = os.fstat(fd).st_size // slot_nbytes if fd is not None else 0
+            for start in range(0, num_slots, _SCAN_SLOTS):
+                slots = np.arange(start, min(start + _SCAN_SLOTS, num_slots), dtype=np.int64)
+                trailers = np.zeros((len(slots), nbytes), dtype=np.uint8)
+                for i, slot in enumerate(slots.tolist()):
+                    with contextlib.suppress(OSError):  # no trailer: nothing is found there
+                        assert fd is not None
+                        preadv_full(fd, [tail], (slot + 1) * slot_nbytes - len(tail))
+                        trailers[i] = tail[-nbytes:]
+                yield slots, trailers
+
+    def _check_run(self, fd: int | None, fmt: StoredFormat, run: list[StoredChunk]) -> Iterator[Verdict]:
+        rows = page_aligned(len(run) * fmt.slot.slot_nbytes).reshape(len(run), -1)
+        problems, codec = _read_slots(fd, rows, run[0].slot), self._codec(fmt)
+        for chunk, row, problem in zip(run, rows, problems, strict=True):
+            yield Verdict(chunk, problem or why_bad(codec, row, chunk))
+
+    def _look_again(self, fmt: StoredFormat, suspects: list[Verdict]) -> Iterator[Verdict]:
+        """Beside a running store, a slot may have been evicted and reused since it was listed."""
+        records = self._read_index(fmt) if suspects and self._index is not None and is_in_use(self.path) else None
+        if records is None:
+            yield from suspects
+            return
+        current = dict(zip(records.slots.tolist(), records.generations.tolist(), strict=True))
+        for verdict in suspects:
+            if current.get(verdict.chunk.slot) == verdict.chunk.generation:
+                yield Verdict(verdict.chunk, self.read(verdict.chunk).reason)
+            else:
+                yield Verdict(verdict.chunk, verdict.reason, is_gone=True)
+
+
+def _runs(chunks: Iterable[StoredChunk], most: int) -> Iterator[list[StoredChunk]]:
+    """Chunks in neighbouring ascending slots, up to ``most`` at a time."""
+    run: list[StoredChunk] = []
+    for chunk in chunks:
+        if run and (chunk.slot != run[-1].slot + 1 or len(run) == most):
+            yield run
+            run = []
+        run.append(chunk)
+    if run:
+        yield run
+
+
+def _read_slots(fd: int | None, rows: NDArray[np.uint8], first: int) -> list[str]:
+    """Read neighbouring slots into rows; says what went wrong with each."""
+    if fd is None:
+        return ["the data file cannot be read"] * len(rows)
+    try:
+        whole = preadv_full(fd, [rows.reshape(-1)], first * rows.shape[1]) // rows.shape[1]
+        return [""] * whole + [_BEHIND_END] * (len(rows) - whole)
+    except (OSError, OverflowError) as e:
+        if len(rows) == 1:
+            return [f"cannot be read: {e}"]
+    return [_read_slots(fd, rows[i : i + 1], first + i)[0] for i in range(len(rows))]
+
+
+def _dump(path: Path, mode: str) -> tuple[str, list[tuple[bytes, bytes]]]:
+    """The records of an index, through a child process; or what is wrong with it."""
+    command = [sys.executable, "-I", str(_DUMP_SCRIPT), str(path), mode]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_DUMP_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"reading it took more than {_DUMP_TIMEOUT_S:g} s", []
+    if done.returncode < 0:
+        return f"reading it was killed by signal {-done.returncode}", []
+    if done.returncode:
+        return done.stderr.decode(errors="replace").strip()[-300:] or "unreadable", []
+    data, at, items = done.stdout, 0, []
+    while at < len(data):
+        key, value = _LENGTHS.unpack_from(data, at)
+        at += _LENGTHS.size
+        items.append((data[at : at + key], data[at + key : at + key + value]))
+        at += key + value
+    return "", items

@@ -1,0 +1,186 @@
+"""What a shared path holds, for people: read only, beside running stores or without one.
+
+Names say what is there, each namespace's JSON what it is. Nothing but folders and regular
+files with names of our own making is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.errors import KeyFormatError
+from kvstore.keys import BlockKey
+from kvstore.slot import SlotCodec
+from kvstore.tiers.catalog import Catalog, Space, StoredChunk, StoredFormat, Verdict, why_bad
+from kvstore.tiers.chunk_file import ChunkReader, FileFormat, Inode, Outcome, file_format
+from kvstore.tiers.page_buffer import page_aligned
+from kvstore.tiers.shared_tree import (
+    CHUNK_NAME,
+    FAN_OUT_NAME,
+    NAMESPACE_JSON,
+    NAMESPACE_NAME,
+    PLACEMENT_JSON,
+    PLACEMENT_NAME,
+    SUFFIX,
+)
+
+_JSON_MAX_NBYTES: Final = 64 << 10
+
+
+def is_shared_path(path: Path) -> bool:
+    """Whether there is a namespace in it."""
+    try:
+        with os.scandir(path) as entries:
+            return any(NAMESPACE_NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False) for e in entries)
+    except OSError:
+        return False
+
+
+@dataclass(slots=True)
+class _File:
+    """One file and its names, of which each block key of its chunk has one."""
+
+    path: Path
+    status: os.stat_result
+    keys: list[BlockKey] = field(default_factory=list)
+
+
+class SharedCatalog(Catalog):
+    """See `Catalog`."""
+
+    tier = "shared"
+
+    def __init__(self, path: Path, integrity_key: bytes | None = None) -> None:
+        super().__init__(path, integrity_key)
+        self._spaces = list(self._find_spaces())
+        self._buffers: dict[Space, tuple[FileFormat, ChunkReader, NDArray[np.uint8]]] = {}
+
+    def formats(self) -> list[StoredFormat]:
+        return [space.fmt for _, space in self._spaces if space.fmt is not None]
+
+    def chunks(self) -> Iterator[StoredChunk]:
+        for folder, space in self._spaces:
+            for file in self._files(folder):
+                keys, status = b"".join(file.keys), file.status
+                yield StoredChunk(space, file.path, keys, status.st_size, status.st_mtime_ns)
+
+    def check(self) -> Iterator[Verdict]:
+        for chunk in self.chunks():
+            verdict = self.read(chunk)
+            yield Verdict(chunk, verdict.reason, is_gone=verdict.is_gone)
+
+    def read(self, chunk: StoredChunk) -> Verdict:
+        space = chunk.space
+        if space.fmt is None:
+            return Verdict(chunk, f"cannot be verified: {NAMESPACE_JSON} or {PLACEMENT_JSON} is damaged")
+        fmt, reader, row = self._buffers_of(space, space.fmt)
+        try:
+            outcome, _ = reader.read(str(chunk.place), fmt, row, used_ns=0)  # 0: its mtime is left alone
+        except OSError as e:
+            return Verdict(chunk, f"cannot be read: {e.strerror}")
+        if outcome is Outcome.GONE:
+            return Verdict(chunk, "gone", is_gone=True)
+        if outcome is Outcome.DAMAGED:
+            return Verdict(chunk, "size or header is not that of its namespace's files")
+        return Verdict(chunk, why_bad(SlotCodec(space.fmt.slot, self._integrity_key), row, chunk), row=row)
+
+    # -- inside
+
+    def _buffers_of(self, space: Space, fmt: StoredFormat) -> tuple[FileFormat, ChunkReader, NDArray[np.uint8]]:
+        found = self._buffers.get(space)
+        if found is None:
+            files = file_format(fmt.layout, fmt.slot, space.namespace)
+            found = (files, ChunkReader(files.header.nbytes), page_aligned(fmt.slot.slot_nbytes))
+            self._buffers = {space: found}  # of one at a time: a slot may be large
+        return found
+
+    def _find_spaces(self) -> Iterator[tuple[Path, Space]]:
+        for top in self._subfolders(self.path, NAMESPACE_NAME):
+            content = self._read_json(top / NAMESPACE_JSON)
+            for folder in self._subfolders(top, PLACEMENT_NAME):
+                fmt = self._format(folder, content)
+                yield folder, Space(self.tier, self.path, bytes.fromhex(top.name), fmt)
+
+    def _format(self, folder: Path, content: object) -> StoredFormat | None:
+        placed = self._read_json(folder / PLACEMENT_JSON)
+        if content is None or placed is None:
+            return None
+        try:
+            fmt = StoredFormat.of(content, placed)
+        except ValueError as e:
+            self._problem(f"{folder}: {e}")
+            return None
+        if fmt.slot.placement.hex()[: len(folder.name)] != folder.name:
+            self._problem(f"{folder / PLACEMENT_JSON}: it is another placement's")
+            return None
+        return fmt
+
+    def _read_json(self, path: Path) -> object:
+        """What a description says; None where it is missing or damaged, which is a problem."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(fd, "rb") as f:
+                found: object = json.loads(f.read(_JSON_MAX_NBYTES))
+        except (OSError, ValueError, RecursionError) as e:
+            self._problem(f"{path}: {e.strerror if isinstance(e, OSError) else 'damaged'}")
+            return None
+        return found
+
+    def _subfolders(self, folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+        try:
+            with os.scandir(folder) as entries:
+                names = [e.name for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+        except OSError as e:
+            self._problem(f"{folder}: {e.strerror}")
+            return []
+        return [folder / name for name in sorted(names)]
+
+    def _files(self, placed: Path) -> Iterator[_File]:
+        """Files with all of their names; those with one name come first."""
+        linked: dict[Inode, _File] = {}
+        for folder in self._subfolders(placed, FAN_OUT_NAME):
+            try:
+                for file, key in self._names(folder):
+                    if file.status.st_nlink == 1:
+                        file.keys.append(key)
+                        yield file
+                    else:
+                        inode = (file.status.st_dev, file.status.st_ino)
+                        linked.setdefault(inode, file).keys.append(key)
+            except OSError as e:
+                self._problem(f"{folder}: {e.strerror}")
+        yield from linked.values()
+
+    def _names(self, folder: Path) -> Iterator[tuple[_File, BlockKey]]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                key = _key_of(entry.name)
+                if key is None or key[:1].hex() != folder.name:
+                    continue
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    yield _File(folder / entry.name, status), key
+                else:
+                    self._problem(f"{folder / entry.name}: not a regular file")
+
+
+def _key_of(name: str) -> BlockKey | None:
+    if not CHUNK_NAME.fullmatch(name):
+        return None
+    try:
+        return BlockKey.parse(name.removesuffix(SUFFIX))
+    except KeyFormatError:
+        return None
