@@ -62,7 +62,7 @@ async def _write(
             loaded = await asyncio.to_thread(store.get, keys[: first + n], out[:n], first_block=first)
             if loaded < n:
                 return first + loaded
-            await file.write(memoryview(out[:n].view(torch.uint8).numpy()).cast("B"))
+            await file.write(out[:n].view(torch.uint8).numpy().data.cast("B"))
             if progress is not None:
                 progress(first + n, len(keys))
         await file.write(b"".join(keys))

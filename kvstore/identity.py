@@ -64,9 +64,9 @@ class KVIdentity:
     placement: Placement = field(default_factory=Placement)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model.strip():
+        if not _is_text(self.model):
             raise ConfigError(f"identity.model: {self.model!r} is not allowed; give the model's name")
-        if not isinstance(self.revision, str) or not self.revision.strip() or self.revision.lower() in _NOT_IMMUTABLE:
+        if not _is_text(self.revision) or self.revision.lower() in _NOT_IMMUTABLE:
             raise ConfigError(
                 f"identity.revision: {self.revision!r} can come to mean other weights; "
                 "give an immutable revision (a commit hash) or a digest of the weights"
@@ -119,6 +119,10 @@ class KVIdentity:
     def namespace(self, epoch: bytes = INITIAL_EPOCH) -> bytes:
         """Digest of content identity and epoch; 16 bytes."""
         return hashlib.sha256(self.digest() + epoch).digest()[:NAMESPACE_NBYTES]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _digest(fields: dict[str, str | int]) -> bytes:

@@ -110,12 +110,11 @@ def keys_to_array(keys: Sequence[BlockKey]) -> np.ndarray:
     """Keys as uint8, shape (len(keys), 36).
 
     Raises:
-        KeyFormatError: together they do not have 36 bytes each.
+        KeyFormatError: one of them does not have 36 bytes.
     """
-    joined = b"".join(keys)
-    if len(joined) != len(keys) * KEY_NBYTES:
+    if not set(map(len, keys)) <= {KEY_NBYTES}:
         raise KeyFormatError(f"every block key has {KEY_NBYTES} bytes")
-    return np.frombuffer(joined, dtype=np.uint8).reshape(len(keys), KEY_NBYTES)
+    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), KEY_NBYTES)
 
 
 def array_to_keys(array: np.ndarray) -> list[BlockKey]:

@@ -114,10 +114,10 @@ class SlotCodec:
         footers["generation"] = generations
         footers["payload_nbytes"] = fmt.payload_nbytes
         body = fmt.body_nbytes
-        footers["body_digest"] = _voids([self._digest(rows[s, :body]) for s in slots])
+        footers["body_digest"] = _voids([self._digest(rows[s, :body].data) for s in slots])
         trailers[:, -FOOTER.itemsize :] = footers.view(np.uint8).reshape(len(slots), -1)
         signed = trailers[:, :-DIGEST_NBYTES]
-        digests = b"".join(self._digest(np.ascontiguousarray(t)) for t in signed)
+        digests = b"".join(self._digest(np.ascontiguousarray(t).data) for t in signed)
         trailers[:, -DIGEST_NBYTES:] = np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_NBYTES)
         rows[slots, body:] = trailers
 
@@ -134,7 +134,7 @@ class SlotCodec:
             & (footers["payload_nbytes"] == fmt.payload_nbytes)
         )
         for i in np.flatnonzero(valid):
-            valid[i] = self._digest(trailers[i, :-DIGEST_NBYTES]) == footers["trailer_digest"][i].tobytes()
+            valid[i] = self._digest(trailers[i, :-DIGEST_NBYTES].data) == footers["trailer_digest"][i].tobytes()
         keys = trailers[:, : -FOOTER.itemsize].reshape(n, fmt.blocks_per_chunk, KEY_NBYTES)
         return Trailers(valid, keys, footers["namespace"], footers["generation"], footers["body_digest"])
 
@@ -145,7 +145,7 @@ class SlotCodec:
         valid = found.valid
         valid &= found.namespaces == np.void(namespace)
         for i in np.flatnonzero(valid):
-            valid[i] = self._digest(rows[slots[i], :body]) == found.body_digests[i].tobytes()
+            valid[i] = self._digest(rows[slots[i], :body].data) == found.body_digests[i].tobytes()
         return found
 
 
@@ -164,13 +164,13 @@ def _voids(digests: list[bytes]) -> NDArray[np.void]:
     return np.frombuffer(b"".join(digests), dtype="V16")
 
 
-def _digest_function(key: bytes | None) -> Callable[[NDArray[np.uint8]], bytes]:
+def _digest_function(key: bytes | None) -> Callable[[memoryview], bytes]:
     if key is None:
         return xxhash.xxh3_128_digest
     if not MIN_KEY_NBYTES <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
         raise ConfigError(f"integrity key has {len(key)} bytes; give {MIN_KEY_NBYTES} to {hashlib.blake2b.MAX_KEY_SIZE}")
 
-    def keyed(data: NDArray[np.uint8]) -> bytes:
+    def keyed(data: memoryview) -> bytes:
         return hashlib.blake2b(data, key=key, digest_size=DIGEST_NBYTES).digest()
 
     return keyed

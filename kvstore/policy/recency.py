@@ -39,7 +39,8 @@ class RecencyList:
 
     def holds(self, slots: Slots) -> NDArray[np.bool_]:
         """Which of these slots are in."""
-        return self._stamps[slots] != _OUT
+        held: NDArray[np.bool_] = self._stamps[slots] != _OUT
+        return held
 
     def add(self, slots: Slots) -> None:
         """Make slots the newest, head first; they may be in or not."""

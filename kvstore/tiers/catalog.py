@@ -123,7 +123,7 @@ class Verdict:
 
     Attributes:
         is_gone: evicted since it was listed; neither good nor bad.
-        row: its bytes as a slot; None where they could not be read.
+        row: its bytes as a slot, until something else is read; None where they could not be read.
     """
 
     chunk: StoredChunk

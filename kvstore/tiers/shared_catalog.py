@@ -55,6 +55,17 @@ class _File:
     keys: list[BlockKey] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """What it takes to read the files of one space."""
+
+    space: Space
+    files: FileFormat
+    reader: ChunkReader
+    codec: SlotCodec
+    row: NDArray[np.uint8]
+
+
 class SharedCatalog(Catalog):
     """See `Catalog`."""
 
@@ -63,7 +74,7 @@ class SharedCatalog(Catalog):
     def __init__(self, path: Path, integrity_key: bytes | None = None) -> None:
         super().__init__(path, integrity_key)
         self._spaces = list(self._find_spaces())
-        self._buffers: dict[Space, tuple[FileFormat, ChunkReader, NDArray[np.uint8]]] = {}
+        self._buffers: _Buffers | None = None
 
     def formats(self) -> list[StoredFormat]:
         return [space.fmt for _, space in self._spaces if space.fmt is not None]
@@ -83,26 +94,26 @@ class SharedCatalog(Catalog):
         space = chunk.space
         if space.fmt is None:
             return Verdict(chunk, f"cannot be verified: {NAMESPACE_JSON} or {PLACEMENT_JSON} is damaged")
-        fmt, reader, row = self._buffers_of(space, space.fmt)
+        to = self._buffers_of(space, space.fmt)
         try:
-            outcome, _ = reader.read(str(chunk.place), fmt, row, used_ns=0)  # 0: its mtime is left alone
+            outcome, _ = to.reader.read(str(chunk.place), to.files, to.row, used_ns=0)  # 0: its mtime is left alone
         except OSError as e:
             return Verdict(chunk, f"cannot be read: {e.strerror}")
         if outcome is Outcome.GONE:
             return Verdict(chunk, "gone", is_gone=True)
         if outcome is Outcome.DAMAGED:
             return Verdict(chunk, "size or header is not that of its namespace's files")
-        return Verdict(chunk, why_bad(SlotCodec(space.fmt.slot, self._integrity_key), row, chunk), row=row)
+        return Verdict(chunk, why_bad(to.codec, to.row, chunk), row=to.row)
 
     # -- inside
 
-    def _buffers_of(self, space: Space, fmt: StoredFormat) -> tuple[FileFormat, ChunkReader, NDArray[np.uint8]]:
-        found = self._buffers.get(space)
-        if found is None:
+    def _buffers_of(self, space: Space, fmt: StoredFormat) -> _Buffers:
+        """Of one space at a time, for a chunk may be large."""
+        if self._buffers is None or self._buffers.space is not space:
             files = file_format(fmt.layout, fmt.slot, space.namespace)
-            found = (files, ChunkReader(files.header.nbytes), page_aligned(fmt.slot.slot_nbytes))
-            self._buffers = {space: found}  # of one at a time: a slot may be large
-        return found
+            row, codec = page_aligned(fmt.slot.slot_nbytes), SlotCodec(fmt.slot, self._integrity_key)
+            self._buffers = _Buffers(space, files, ChunkReader(files.header.nbytes), codec, row)
+        return self._buffers
 
     def _find_spaces(self) -> Iterator[tuple[Path, Space]]:
         for top in self._subfolders(self.path, NAMESPACE_NAME):

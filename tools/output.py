@@ -1,0 +1,91 @@
+"""How commands show what they found: a table for people, the same as JSON for programs.
+
+Results go to stdout; progress and what went wrong go to stderr. What comes out of a
+directory was written by anyone: it is made printable here and never read as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_WIDTH: Final = 200
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_AGES: Final = (("d", 86400), ("h", 3600), ("min", 60))
+
+
+def show(data: dict[str, Any], parts: Iterable[RenderableType], *, as_json: bool) -> None:
+    """Print data as JSON, or else the parts, one below the other."""
+    if as_json:
+        sys.stdout.write(json.dumps(_finite(data), indent=2) + "\n")
+        return
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    console = Console(width=width, highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Table:
+    """A table; the first ``left`` columns are texts, the others numbers, aligned right."""
+    made = Table(title=Text(printable(title)), title_justify="left")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(printable(str(cell))) for cell in row))
+    return made
+
+
+def lines(*texts: str) -> Iterator[Text]:
+    """Texts, as they are."""
+    return (Text(printable(text)) for text in texts)
+
+
+def printable(text: str) -> str:
+    """Text without what could move a terminal's cursor or change its state."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def size(nbytes: float) -> str:
+    """``368640`` -> ``360.0 KiB``."""
+    for unit in _UNITS[:-1]:
+        if nbytes < 1024:
+            break
+        nbytes /= 1024
+    else:
+        unit = _UNITS[-1]
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+
+
+def age(seconds: float) -> str:
+    """``7300`` -> ``2 h``."""
+    for unit, nseconds in _AGES:
+        if seconds >= nseconds:
+            return f"{seconds / nseconds:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr while something long runs; call what it yields with steps done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
