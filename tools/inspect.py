@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from tools.ls import problem_lines, problems_of
 from tools.output import lines, table
 from tools.places import find_catalogs
 
-STATISTICS = ("layer", "part", "min", "max", "mean", "norm", "zeros", "NaN", "Inf")
-_KEY_START = re.compile(r"[0-9a-f]{1,64}(\.[0-9]{1,10})?")
+STATISTICS: Final = ("layer", "part", "min", "max", "mean", "norm", "zeros", "NaN", "Inf")
+_SOME_KEYS: Final = 3
+_KEY_START: Final = re.compile(r"[0-9a-f]{1,64}(\.[0-9]{1,10})?")
 
 
 class NotStoredError(KVStoreError):
@@ -101,8 +103,9 @@ def describe(path: Path) -> tuple[dict[str, Any], list[RenderableType]]:
         for fmt in catalog.formats():
             layout = _layout(fmt)
             place = {"tier": catalog.tier, "path": str(catalog.path)}
-            data.append({**place, "identity": fmt.content, "placement": fmt.placed, "layout": layout})
-            rows = [*fmt.content.items(), *fmt.placed.items(), *layout.items()]
+            keys = _some_keys(catalog, fmt)
+            data.append({**place, "identity": fmt.content, "placement": fmt.placed, "layout": layout, "keys": keys})
+            rows = [*fmt.content.items(), *fmt.placed.items(), *layout.items(), *(("a key", key) for key in keys)]
             parts.append(table(f"{catalog.tier} {catalog.path}", ("what", "value"), rows, left=2))
     problems = problems_of(catalogs)
     return {"stored": data, "problems": problems}, [*parts, *problem_lines(problems)]
@@ -181,6 +184,11 @@ def _layout(fmt: StoredFormat) -> dict[str, Any]:
         "slot_nbytes": fmt.slot.slot_nbytes,
         "initial_namespace": fmt.initial_namespace.hex(),
     }
+
+
+def _some_keys(catalog: Catalog, fmt: StoredFormat) -> list[str]:
+    chunks = (chunk for chunk in catalog.chunks() if chunk.space.fmt is fmt)
+    return [str(chunk.keys[0]) for chunk in islice(chunks, _SOME_KEYS)]
 
 
 def _cell(value: object) -> str:

@@ -28,10 +28,14 @@ def show(data: dict[str, Any], parts: Iterable[RenderableType], *, as_json: bool
     if as_json:
         sys.stdout.write(json.dumps(_finite(data), indent=2) + "\n")
         return
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    console = Console(width=width, highlight=False)
+    console = results()
     for part in parts:
         console.print(part)
+
+
+def results() -> Console:
+    """Where tables go: stdout, wide where no terminal cuts it off."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Table:
@@ -56,13 +60,10 @@ def printable(text: str) -> str:
 
 def size(nbytes: float) -> str:
     """``368640`` -> ``360.0 KiB``."""
-    for unit in _UNITS[:-1]:
-        if nbytes < 1024:
-            break
-        nbytes /= 1024
-    else:
-        unit = _UNITS[-1]
-    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+    unit = 0
+    while nbytes >= 1024 and unit < len(_UNITS) - 1:
+        nbytes, unit = nbytes / 1024, unit + 1
+    return f"{nbytes:.1f} {_UNITS[unit]}" if unit else f"{nbytes:.0f} B"
 
 
 def age(seconds: float) -> str:

@@ -72,7 +72,7 @@ class DiskCatalog(Catalog):
             return
         _, fmt = self._described
         suspects: list[Verdict] = []
-        slots = set()
+        slots: set[int] = set()
         with self._data() as fd:
             for run in _runs(self.chunks(), max(1, _READ_NBYTES // fmt.slot.slot_nbytes)):
                 slots.update(chunk.slot for chunk in run)

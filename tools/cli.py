@@ -1,0 +1,193 @@
+"""The `kvstore` command. Each command is thin: it parses, calls the file that does the work, shows.
+
+Nothing heavy is imported before a command runs, so that help comes at once.
+
+Exit codes: 0, all is well; 1, something stored is damaged (or the demo's answers differ);
+2, wrong usage, or there is nothing to look at.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="kvstore",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Look at, check and measure a tiered KV-cache store. Each command has help with an example.",
+)
+
+StoredPath = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A disk tier's directory, a shared path, or a folder that holds them.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+KeyFile = Annotated[
+    str | None,
+    typer.Option("--integrity-key-file", metavar="FILE", help="The secret that the slots were signed with."),
+]
+
+
+class Bench(StrEnum):
+    """What can be measured."""
+
+    HOST = "host"
+    DISK = "disk"
+    SHARED = "shared"
+    INDEX = "index"
+
+
+@app.command()
+def demo(
+    json: Json = False,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Leave what was stored in this empty directory.")
+    ] = None,
+) -> None:
+    """Watch a real model skip its prefill.
+
+    One process reads a guide of some thousand tokens and stores its KV. Others answer
+    questions about it from host memory, from disk after a restart, and from a shared path.
+    Exit code 1 if their answers are not those of a cold run.
+
+    \b
+    Example: kvstore demo --keep ./kv-of-demo
+    """
+    with _errors():
+        from tools.demo import DemoConfig, run
+        from tools.demo_report import print_result
+        from tools.output import results, show
+
+        result = run(DemoConfig(keep=keep))
+        if json:
+            show(result.to_dict(), (), as_json=True)
+        else:
+            print_result(result, results())
+        raise typer.Exit(int(not result.same_text))
+
+
+@app.command()
+def ls(path: StoredPath, json: Json = False) -> None:
+    """Show what is stored, by namespace.
+
+    A row for each, with model, blocks, bytes and age. Reads no payload and writes nothing; running stores are not disturbed.
+
+    \b
+    Example: kvstore ls /var/cache/kv
+    """
+    with _errors():
+        from tools.ls import list_stored
+        from tools.output import show
+
+        listing = list_stored(path)
+        show(listing.to_dict(), listing.parts(), as_json=json)
+
+
+@app.command()
+def inspect(
+    path: StoredPath,
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="A block's key in hex, or as much of its start as is unique.")
+    ] = None,
+    json: Json = False,
+    integrity_key_file: KeyFile = None,
+) -> None:
+    """Show identity and layout, or one block.
+
+    With KEY it shows that block layer by layer, wherever it is stored. For K and V of each layer: least and greatest number, mean, norm, and how many are zero,
+    NaN or infinite. Exit code 1 if the block's chunk is damaged.
+
+    \b
+    Example: kvstore inspect /var/cache/kv 3f9a0c
+    """
+    with _errors():
+        from tools.inspect import block_parts, describe, find_block
+        from tools.output import show
+
+        if key is None:
+            data, parts = describe(path)
+            show(data, parts, as_json=json)
+            return
+        blocks = find_block(path, key, integrity_key_file)
+        show({"blocks": [block.to_dict() for block in blocks]}, block_parts(blocks), as_json=json)
+        raise typer.Exit(int(any(block.reason for block in blocks)))
+
+
+@app.command()
+def verify(path: StoredPath, json: Json = False, integrity_key_file: KeyFile = None) -> None:
+    """Read everything and report what is damaged.
+
+    Names every bad slot and file, and writes nothing. What is reported would be a miss, and the next store of it heals it.
+    Exit code 1 if anything is damaged.
+
+    \b
+    Example: kvstore verify /var/cache/kv
+    """
+    with _errors():
+        from tools.output import show
+        from tools.verify import verify as verify_all
+
+        report = verify_all(path, integrity_key_file)
+        show(report.to_dict(), report.parts(), as_json=json)
+        raise typer.Exit(int(not report.ok))
+
+
+@app.command()
+def bench(
+    what: Annotated[Bench, typer.Argument(help="The tier, or the index, to measure.")],
+    json: Json = False,
+    path: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Directory to measure in; by default a temporary one.")
+    ] = None,
+) -> None:
+    """Measure a tier against the bare hardware.
+
+    Every figure is a ratio of medians over interleaved rounds; what it is compared with is
+    said beside it. Takes some minutes and some GB of disk.
+
+    \b
+    Example: kvstore bench disk --path /mnt/nvme
+    """
+    with _errors():
+        from tools.bench import run
+        from tools.output import show
+
+        result = run(what.value, path)
+        show(result.to_dict(), result.parts(), as_json=json)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(version_of("kvstore"))
+        raise typer.Exit()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What is wrong with a person's request is one line and exit code 2, and no traceback."""
+    from kvstore.errors import KVStoreError
+
+    try:
+        yield
+    except KVStoreError as e:
+        from tools.output import printable
+
+        sys.stdout.flush()
+        typer.echo("\n".join(map(printable, f"kvstore: {e}".splitlines())), err=True)
+        raise typer.Exit(2) from None
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()
