@@ -96,7 +96,9 @@ def _pin(rows: NDArray[np.uint8]) -> bool:
         return False
     error = torch.cuda.cudart().cudaHostRegister(rows.ctypes.data, rows.nbytes, 0)  # type: ignore[no-untyped-call]
     if int(error) != 0:
-        logger.warning("host arena of %d bytes could not be pinned (CUDA error %s): copies are slower", rows.nbytes, error)
+        logger.warning(
+            "host arena of %d bytes could not be pinned (CUDA error %s): copies are slower", rows.nbytes, error
+        )
     return int(error) == 0
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from numpy.typing import NDArray
 
+Buffer = NDArray[np.uint8]  # one-dimensional
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
 # statfs magic numbers (linux/magic.h and the file systems' own sources)
 _NETWORK_FS: Final = {
@@ -33,12 +35,12 @@ def open_direct(path: str | Path, flags: int, mode: int = 0o600) -> int:
         return os.open(path, flags, mode)
 
 
-def preadv_full(fd: int, buffers: Sequence[NDArray], offset: int) -> int:
+def preadv_full(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
     """Read until the buffers are full or the file ends; returns the bytes read."""
     return _transfer(os.preadv, fd, buffers, offset)
 
 
-def pwritev_full(fd: int, buffers: Sequence[NDArray], offset: int) -> None:
+def pwritev_full(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
     """Write all buffers.
 
     Raises:
@@ -49,10 +51,10 @@ def pwritev_full(fd: int, buffers: Sequence[NDArray], offset: int) -> None:
         raise OSError(errno.ENOSPC, "short write")
 
 
-def _transfer(call, fd: int, buffers: Sequence[NDArray], offset: int) -> int:  # type: ignore[no-untyped-def]
+def _transfer(call: Callable[..., int], fd: int, buffers: Sequence[Buffer], offset: int) -> int:
     done = 0
     for start in range(0, len(buffers), IOV_MAX):
-        part: list[NDArray | memoryview] = list(buffers[start : start + IOV_MAX])
+        part = [b.data for b in buffers[start : start + IOV_MAX]]
         while part:
             n = call(fd, part, offset + done)
             if n == 0:
@@ -62,11 +64,12 @@ def _transfer(call, fd: int, buffers: Sequence[NDArray], offset: int) -> int:  #
     return done
 
 
-def _after(buffers: list[NDArray | memoryview], n: int) -> list[NDArray | memoryview]:
-    for i, b in enumerate(buffers):
-        if n < b.nbytes:
-            return [memoryview(b).cast("B")[n:], *buffers[i + 1 :]] if n else buffers[i:]
-        n -= b.nbytes
+def _after(buffers: list[memoryview], n: int) -> list[memoryview]:
+    """What is left of buffers after n bytes."""
+    for i, buffer in enumerate(buffers):
+        if n < buffer.nbytes:
+            return [buffer[n:], *buffers[i + 1 :]]
+        n -= buffer.nbytes
     return []
 
 
@@ -89,4 +92,4 @@ def file_system_type(path: str | Path) -> str:
 
 def is_network_file_system(fs_type: str) -> bool:
     """Whether locks and memory maps of this file system type reach over a network."""
-    return fs_type in _NETWORK_FS or fs_type.startswith("fuse.") and fs_type not in ("fuse.fuse-overlayfs",)
+    return fs_type in _NETWORK_FS or (fs_type.startswith("fuse.") and fs_type not in ("fuse.fuse-overlayfs",))

@@ -76,7 +76,9 @@ class KVIdentity:
         for name in ("draft_model", "kv_scales", "rope", "group_kind", "hash_algorithm", "hash_seed"):
             value = getattr(self, name)
             if not isinstance(value, str) or value == "auto":
-                raise ConfigError(f"identity.{name}: {value!r} is not allowed; give the value that took effect, as text")
+                raise ConfigError(
+                    f"identity.{name}: {value!r} is not allowed; give the value that took effect, as text"
+                )
 
     def content(self) -> dict[str, str | int]:
         """The fields of the content identity, flat and in canonical names."""

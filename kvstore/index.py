@@ -25,7 +25,9 @@ _LOCATION: Final = np.uint64(2**32 - 1)
 _HALF: Final = np.uint64(32)
 _MAX_USED: Final = 0.75
 # odd multipliers, one a word: multiply-shift hashing (Dietzfelbinger et al., 1997)
-_MULTIPLIERS: Final = np.random.Generator(np.random.PCG64(0x6B76)).integers(1 << 62, 1 << 63, _WORDS, dtype=np.uint64) | 1
+_MULTIPLIERS: Final = (
+    np.random.Generator(np.random.PCG64(0x6B76)).integers(1 << 62, 1 << 63, _WORDS, dtype=np.uint64) | 1
+)
 
 
 class BlockIndex:
@@ -88,6 +90,11 @@ class BlockIndex:
         """Keys of slots, shape (n, blocks_per_chunk, 36)."""
         keys = self._keys.reshape(-1, self.blocks_per_chunk, _WORDS)[slots]
         return keys.view(np.uint8).reshape(len(slots), self.blocks_per_chunk, KEY_NBYTES)
+
+    def holds(self, slots: Slots) -> NDArray[np.bool_]:
+        """Which of these slots are in."""
+        held: NDArray[np.bool_] = self._in[slots]
+        return held
 
     def slots(self) -> Slots:
         """The slots that are in, ascending."""

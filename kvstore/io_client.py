@@ -39,7 +39,7 @@ from kvstore.io_messages import (
     StoreDone,
 )
 from kvstore.io_service import CLOSE_TIMEOUT_S, IoService, Located
-from kvstore.jobs import Indices, ReadJob
+from kvstore.jobs import Indices, NothingRead, ReadJob
 from kvstore.keys import BlockKey
 from kvstore.slot import KeyArray, SlotCodec, Slots
 from kvstore.tiers.base import FoundChunk, TierStats
@@ -78,7 +78,7 @@ class ProcessIo(IoService):
         connection = self._running()
         places: list[Any] = [chunk.place for _, chunk in chunks]
         if connection is None or any(c is not connection for c, _ in places):
-            return _NothingRead(len(chunks))
+            return NothingRead(len(chunks))
         return connection.read([token for _, token in places], host_slots, deadline)
 
     def store(self, host_slots: Slots, keys: KeyArray, namespace: bytes, on_done: Callable[[Slots], None]) -> None:
@@ -217,7 +217,7 @@ class _Connection:
         job = _ProcessReadJob(len(tokens), deadline)
         with self._lock:
             if self._gone:
-                return _NothingRead(len(tokens))
+                return NothingRead(len(tokens))
             number = self._number()
             self._reads[number] = job
         self._send(Read(number, tokens, host_slots.tolist(), deadline))
@@ -312,7 +312,11 @@ class _Connection:
             self.exit_code = self._process.wait()
         with self._lock:
             self._gone = True
-            waiting, reads, stores = list(self._waiting.values()), list(self._reads.values()), list(self._stores.values())
+            waiting, reads, stores = (
+                list(self._waiting.values()),
+                list(self._reads.values()),
+                list(self._stores.values()),
+            )
             self._reads, self._stores = {}, {}
         for answers in waiting:
             answers.put(None)
@@ -346,7 +350,9 @@ class _ProcessReadJob(ReadJob):
             self._open.difference_update(indices)
             release = self._release
             if release is None and not message.late:
-                self._queue.put([(i, ok) for i, ok in zip(message.indices, message.ok, strict=True) if i in set(indices)])
+                self._queue.put(
+                    [(i, ok) for i, ok in zip(message.indices, message.ok, strict=True) if i in set(indices)]
+                )
             elif release is None:
                 self._queue.put([(i, False) for i in indices])
             done = self._ended and not self._open
@@ -377,19 +383,3 @@ class _ProcessReadJob(ReadJob):
                 unread += [i for i, _ in self._queue.get() or []]
         if unread:
             release(unread)
-
-
-class _NothingRead(ReadJob):
-    """A read of n chunks while the process is down."""
-
-    def __init__(self, num_chunks: int) -> None:
-        self._left = list(range(num_chunks))
-
-    def __iter__(self) -> Iterator[tuple[int, bool]]:
-        left, self._left = self._left, []
-        yield from ((i, False) for i in left)
-
-    def abandon(self, release: Callable[[Indices], None]) -> None:
-        left, self._left = self._left, []
-        if left:
-            release(left)

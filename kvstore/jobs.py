@@ -209,3 +209,19 @@ class PooledReadJob(ReadJob):
             self._waiting.popleft()
             self._in_flight[id(operation)] = (operation, future)
             future.add_done_callback(lambda _, operation=operation: self._returned.put(operation))  # type: ignore[misc]
+
+
+class NothingRead(ReadJob):
+    """A read of n chunks from what does not answer: none of them comes."""
+
+    def __init__(self, num_chunks: int) -> None:
+        self._left = list(range(num_chunks))
+
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        left, self._left = self._left, []
+        yield from ((i, False) for i in left)
+
+    def abandon(self, release: Callable[[Indices], None]) -> None:
+        left, self._left = self._left, []
+        if left:
+            release(left)

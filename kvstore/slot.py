@@ -168,7 +168,9 @@ def _digest_function(key: bytes | None) -> Callable[[memoryview], bytes]:
     if key is None:
         return xxhash.xxh3_128_digest
     if not MIN_KEY_NBYTES <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
-        raise ConfigError(f"integrity key has {len(key)} bytes; give {MIN_KEY_NBYTES} to {hashlib.blake2b.MAX_KEY_SIZE}")
+        raise ConfigError(
+            f"integrity key has {len(key)} bytes; give {MIN_KEY_NBYTES} to {hashlib.blake2b.MAX_KEY_SIZE}"
+        )
 
     def keyed(data: memoryview) -> bytes:
         return hashlib.blake2b(data, key=key, digest_size=DIGEST_NBYTES).digest()

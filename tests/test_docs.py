@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -23,6 +22,7 @@ import pytest
 
 from kvstore import StoreConfig
 from kvstore.config_source import _leaves
+from tests.small import copy_store
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,8 +73,8 @@ EXAMPLES = [pytest.param(block.text, id=block.name) for block in blocks("python"
 @pytest.fixture
 def folder(small_store: Path, small_model: Path, tmp_path: Path) -> Path:
     """Where readers are: in a folder with ./kv and ./my-model."""
-    shutil.copytree(small_store, tmp_path / "kv")
-    shutil.copytree(small_model, tmp_path / "my-model")
+    copy_store(small_store, tmp_path / "kv")
+    copy_store(small_model, tmp_path / "my-model")
     return tmp_path
 
 

@@ -23,7 +23,7 @@ LAYERS = {
     "who holds what": "allocator index policy slot_table lookup_buffer",
     "tiers": "tiers",
     "decisions": "manager promotion write_behind io_messages io_service io_client io_process store events metrics",
-    "for others": "testing",
+    "for others": "export testing",
 }
 # The control plane knows keys and slots and never touches payload.
 CONTROL_PLANE = "allocator index policy slot_table manager"

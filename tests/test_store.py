@@ -12,6 +12,7 @@ from kvstore import DeviceTierConfig, DiskTierConfig, KVIdentity, TieredStore, h
 from kvstore.errors import ConfigError, IdentityMismatchError, StoreClosedError
 from tests.stores import IDENTITY, LAYOUT, MIB, Stores, check_get, make_blocks, make_keys
 
+
 @pytest.fixture(params=[1, 4], ids=lambda n: f"chunks-of-{n}")
 def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
     return Stores(tmp_path, request.param, "thread")
@@ -44,9 +45,9 @@ def test_a_lower_tier_serves_after_a_restart(stores_of_all_io: Stores, tiers: st
         assert store.prefix_hit(keys) == 24
         check_get(store, keys, blocks, 24)
         stats = store.stats().tiers
-        assert stats[tiers].read_nbytes > 0 and stats["host"].capacity_blocks == 8 // stores_of_all_io.blocks_per_chunk * (
-            stores_of_all_io.blocks_per_chunk
-        )
+        assert stats[tiers].read_nbytes > 0 and stats[
+            "host"
+        ].capacity_blocks == 8 // stores_of_all_io.blocks_per_chunk * (stores_of_all_io.blocks_per_chunk)
 
 
 def test_a_hit_begins_and_ends_inside_a_chunk(stores_of_all_io: Stores) -> None:

@@ -95,7 +95,7 @@ def ls(path: StoredPath, json: Json = False) -> None:
 def inspect(
     path: StoredPath,
     key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="A block's key in hex, or as much of its start as is unique.")
+        str | None, typer.Argument(metavar="KEY", help="A block's key in hex, or as much of its start as is unique.")
     ] = None,
     json: Json = False,
     integrity_key_file: KeyFile = None,
@@ -142,7 +142,7 @@ def verify(path: StoredPath, json: Json = False, integrity_key_file: KeyFile = N
 
 @app.command()
 def bench(
-    what: Annotated[Bench, typer.Argument(help="The tier, or the index, to measure.")],
+    what: Annotated[Bench, typer.Argument(metavar="WHAT", help="The tier, or the index, to measure.")],
     json: Json = False,
     path: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Directory to measure in; by default a temporary one.")

@@ -33,17 +33,19 @@ from tools.demo_report import DemoResult, Measured, SourceRow
 
 GUIDE: Final = Path(__file__).parent / "data" / "kv_caching_guide.md"
 QUESTIONS: Final = (
-    "What is a prefix hit?",
-    "What happens when a checksum is wrong?",
-    "Why is the end of a prefix evicted before its beginning?",
+    "What is the simplest eviction policy?",
+    "What does a footer contain?",
+    "How are the files of the shared tier named?",
 )
 SOURCES: Final = ("cold", "host", "disk", "shared")
 BLOCK_TOKENS: Final = 16
-_HEAD: Final = "<|im_start|>system\nAnswer in one short sentence, from the text.<|im_end|>\n<|im_start|>user\n"
-_TAIL: Final = "\n\n{question}<|im_end|>\n<|im_start|>assistant\n"
+_TAIL: Final = "\n## Questions and answers\n\nQ: {question}\nA:"
 _START_TIMEOUT_S: Final = 180.0
 _STEP_TIMEOUT_S: Final = 120.0
 _SPARE_BLOCKS: Final = 32
+# Large tensors then come from memory that is mapped already, as in a process that has served for
+# a while; otherwise what is measured, in cold as in the others, is page faults.
+_WORKER_ENVIRON: Final = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +54,11 @@ class DemoConfig:
 
     Args:
         keep: where the stored KV goes and stays; by default a fresh folder, removed at the end.
-        max_new_tokens: length of an answer at most.
+        max_new_tokens: length of an answer at most; it ends with its line.
     """
 
     keep: Path | None = None
-    max_new_tokens: int = 24
+    max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.keep.exists() and (not self.keep.is_dir() or any(self.keep.iterdir())):
@@ -78,9 +80,13 @@ class _Prompts:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        guide = tokenizer.encode(_HEAD + GUIDE.read_text()).ids
+        guide = tokenizer.encode(GUIDE.read_text()).ids
         tails = [tokenizer.encode(_TAIL.format(question=question)).ids for question in QUESTIONS]
         return cls(guide, [guide + tail for tail in tails], tokenizer)
+
+    @property
+    def line_end(self) -> int:
+        return int(self.tokenizer.token_to_id("Ċ"))  # the byte-level name of a newline
 
     @property
     def host_blocks(self) -> int:
@@ -128,7 +134,8 @@ def run(config: DemoConfig | None = None, console: Console | None = None) -> Dem
         state = _Run(config, folder, model, _Prompts.of(model), progress, task)
         with ExitStack() as stack:
             children = {
-                name: stack.enter_context(Child(name, "tools.demo_worker", folder)) for name in ("writer", *SOURCES)
+                name: stack.enter_context(Child(name, "tools.demo_worker", folder, _WORKER_ENVIRON))
+                for name in ("writer", *SOURCES)
             }
             _answer_all(state, children)
         return _result(state, start)
@@ -138,9 +145,9 @@ def _answer_all(state: _Run, children: dict[str, Child]) -> None:
     state.step("starting five processes, each loads the model")
     for child in children.values():
         child.send("load", model=str(state.model))
+    for child in children.values():
+        child.receive(_START_TIMEOUT_S)
     _write(state, children["writer"])
-    for source in SOURCES:
-        children[source].receive(_START_TIMEOUT_S)
     for source in SOURCES:
         for question in range(len(QUESTIONS)):
             state.step(f"{source}: time to first token, question {question + 1}")
@@ -150,14 +157,17 @@ def _answer_all(state: _Run, children: dict[str, Child]) -> None:
         for question, row in enumerate(state.rows[source]):
             state.step(f"{source}: answering question {question + 1}")
             row |= children[source].ask(
-                "answer", question=question, max_new_tokens=state.config.max_new_tokens, timeout_s=_STEP_TIMEOUT_S
+                "answer",
+                question=question,
+                max_new_tokens=state.config.max_new_tokens,
+                line_end=state.prompts.line_end,
+                timeout_s=_STEP_TIMEOUT_S,
             )
         children[source].close()
 
 
 def _write(state: _Run, writer: Child) -> None:
     """Store the guide's KV and let the process end, so that nothing of it is left but files."""
-    writer.receive(_START_TIMEOUT_S)
     state.step(f"writer: prefilling and storing {len(state.prompts.guide)} tokens")
     writer.ask("open", **state.tiers("writer"), timeout_s=_STEP_TIMEOUT_S)
     writer.ask("fill", ids=state.prompts.guide, durable_within_s=_STEP_TIMEOUT_S, timeout_s=2 * _STEP_TIMEOUT_S)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -34,9 +35,10 @@ class Child:
         name: for messages.
         module: what to run; it must answer each line with one line.
         folder: where its stderr goes.
+        environ: set beside this process's environment.
     """
 
-    def __init__(self, name: str, module: str, folder: Path) -> None:
+    def __init__(self, name: str, module: str, folder: Path, environ: Mapping[str, str]) -> None:
         self.name = name
         self._stderr_path = folder / f"{name}.stderr"
         root = str(Path(__file__).resolve().parent.parent)
@@ -47,7 +49,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(paths)},
                 text=True,
             )
         self._lines: queue.Queue[str | None] = queue.Queue()

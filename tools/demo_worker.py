@@ -54,6 +54,7 @@ class Worker:
         self._model: Any = None
         self._identity: KVIdentity | None = None
         self._store: TieredStore | None = None
+        self._prefix_cache: PrefixCache | None = None
         self._begun: dict[int, tuple[torch.Tensor, DynamicCache]] = {}
 
     @torch.no_grad()
@@ -78,12 +79,13 @@ class Worker:
                 shared=SharedTierConfig(path=shared, capacity_nbytes=_CAPACITY_NBYTES) if shared else None,
             )
         )
+        self._prefix_cache = PrefixCache(self._model, _ReadOnly(self._store))
         return {}
 
     def close(self) -> dict[str, Any]:
         if self._store is not None:
             self._store.close()
-            self._store = None
+            self._store = self._prefix_cache = None
         return {}
 
     def fill(self, ids: list[int], durable_within_s: float) -> dict[str, Any]:
@@ -98,16 +100,15 @@ class Worker:
     @torch.no_grad()
     def first_token(self, question: int, ids: list[int], logits: str) -> dict[str, Any]:
         """From token ids to the logits of the first new token, measured; from the store if one is open."""
-        if self._store is None:
+        if self._prefix_cache is None:
             start = time.perf_counter()
             cache = DynamicCache(config=self._model.config)
             output = self._model(input_ids=torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
             last, ttft_s = output.logits[:, -1], time.perf_counter() - start
             row = {"tokens": 0, "nbytes": 0, "load_s": 0.0}
         else:
-            prefix_cache = PrefixCache(self._model, _ReadOnly(self._store))
             start = time.perf_counter()
-            result = prefix_cache.prefill(ids)
+            result = self._prefix_cache.prefill(ids)
             ttft_s = time.perf_counter() - start
             last, cache = result.logits, result.past_key_values
             row = {"tokens": result.num_cached_tokens, "nbytes": result.loaded_nbytes, "load_s": result.load_s}
@@ -115,17 +116,19 @@ class Worker:
         self._begun[question] = (torch.cat([torch.tensor([ids]), last.argmax(-1, keepdim=True)], dim=1), cache)
         return {**row, "ttft_s": ttft_s}
 
-    def answer(self, question: int, max_new_tokens: int) -> dict[str, Any]:
-        """Go on from `first_token`, greedily; the new tokens."""
+    def answer(self, question: int, max_new_tokens: int, line_end: int) -> dict[str, Any]:
+        """Go on from `first_token`, greedily, to the end of the line; the new tokens."""
         ids, cache = self._begun.pop(question)
         prompt_tokens = ids.shape[1] - 1
-        if int(ids[0, -1]) != self._model.config.eos_token_id:
+        ends = [line_end, self._model.config.eos_token_id]
+        if int(ids[0, -1]) not in ends:
             ids = self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 past_key_values=cache,
                 max_new_tokens=max_new_tokens - 1,
                 do_sample=False,
+                eos_token_id=ends,
             )
         return {"ids": ids[0, prompt_tokens:].tolist()}
 

@@ -1,8 +1,8 @@
 """The contract of an eviction policy, as tests that every policy runs.
 
-    class TestMine(PolicyTests):
-        def make_policy(self, num_slots):
-            return MyPolicy(num_slots)
+class TestMine(PolicyTests):
+    def make_policy(self, num_slots):
+        return MyPolicy(num_slots)
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ class DeviceTier:
     def __init__(self, config: DeviceTierConfig, layout: KVLayout) -> None:
         """Raises ConfigError where the device is not there or has too little memory."""
         try:
-            self._blocks = torch.empty((config.num_blocks, *layout.block_shape), dtype=layout.dtype, device=config.device)
+            self._blocks = torch.empty(
+                (config.num_blocks, *layout.block_shape), dtype=layout.dtype, device=config.device
+            )
         except (RuntimeError, AssertionError) as e:
             reason = str(e).splitlines()[0]
             raise ConfigError(

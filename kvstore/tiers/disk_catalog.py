@@ -62,10 +62,9 @@ class DiskCatalog(Catalog):
         header, fmt = self._described
         index = self._read_index_once(fmt)
         records = self._scan(fmt) if index is None else index
-        keys = records.keys.reshape(len(records), -1)
         for i, (slot, generation) in enumerate(zip(records.slots.tolist(), records.generations.tolist(), strict=True)):
             space = self._space(header, fmt, records.namespaces[i].tobytes(), generation)
-            yield StoredChunk(space, slot, keys[i].tobytes(), fmt.slot.slot_nbytes, generation, generation)
+            yield StoredChunk(space, slot, records.keys[i].tobytes(), fmt.slot.slot_nbytes, generation, generation)
 
     def check(self) -> Iterator[Verdict]:
         if self._described is None:

@@ -112,7 +112,7 @@ class DiskIndex:
         with self._begin() as txn:
             self._seen_txn = txn.id()
             self._seen_log = self._last_log(txn)
-            items = list(txn.cursor(db=self._slots_db))
+            items = [(bytes(k), bytes(v)) for k, v in txn.cursor(db=self._slots_db)]
         return decode(items, self._blocks_per_chunk)
 
     def changes(self) -> Changes | None:
@@ -251,9 +251,8 @@ def decode(items: Iterable[tuple[bytes, bytes]], blocks_per_chunk: int) -> Recor
     entries = np.frombuffer(b"".join([v for _, v in sound]), dtype=dtype).reshape(len(groups), group)
     possible = groups < _MAX_GROUPS
     slots = groups[possible].astype(np.int64)[:, None] * group + np.arange(group)
-    entries = entries[possible].reshape(-1)
-    held = np.flatnonzero(entries["generation"])
-    return _records(slots.reshape(-1)[held], entries[held])
+    held = np.flatnonzero(entries[possible]["generation"])
+    return _records(slots.reshape(-1)[held], entries[possible].reshape(-1)[held])
 
 
 def _entry_format(blocks_per_chunk: int) -> tuple[np.dtype[np.void], int]:

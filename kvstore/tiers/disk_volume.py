@@ -20,22 +20,20 @@ from numpy.typing import NDArray
 
 from kvstore.allocator import runs
 from kvstore.config import DiskTierConfig
-from kvstore.direct_io import preadv_full, pwritev_full
 from kvstore.identity import KVIdentity
 from kvstore.keys import BlockKey, keys_to_array
-from kvstore.slot import ALIGNMENT, KeyArray, SlotCodec, Slots
+from kvstore.slot import KeyArray, SlotCodec, Slots
 from kvstore.slot_table import SlotTable
 from kvstore.tiers import disk_index
 from kvstore.tiers.disk_dir import DirectoryHeader, DiskDirectory, read_header
 from kvstore.tiers.disk_index import DiskIndex, Records, empty_records, joined
-from kvstore.tiers.page_buffer import page_aligned
+from kvstore.tiers.disk_trailers import DiskTrailers, void_keys
 
 logger = logging.getLogger(__name__)
 
 EVICT_SLOTS: Final = 256
 _ATTEMPTS: Final = 8
 _GROW_RETRY_S: Final = 30.0
-_SCAN_SLOTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +57,23 @@ class VolumeConfig:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """What `DiskVolume.pin_current` found: which of n slots are pinned, and the keys of all."""
+
+    current: NDArray[np.bool_]  # (n,)
+    keys: KeyArray
+    namespace: bytes
+
+
 class DiskVolume:
     """Thread-safe; no lock is held over I/O. `reserve` .. `commit` and `purge` are for one
     thread at a time, which the caller sees to."""
+
+    header: DirectoryHeader
+    index: DiskIndex
+    table: SlotTable
+    generations: NDArray[np.uint64]  # (num_slots,)
 
     def __init__(self, config: VolumeConfig, namespace: bytes) -> None:
         """Open, create, or rebuild.
@@ -78,6 +90,7 @@ class DiskVolume:
         self._grow_after = 0.0
         self._locked_elsewhere = np.empty(0, dtype=np.int64)
         self.directory = DiskDirectory(config.disk.path)
+        self._trailers = DiskTrailers(self.directory, config.codec)
         try:
             with self.directory.opening():
                 self._open()
@@ -96,12 +109,13 @@ class DiskVolume:
             self.table.touch(self.table.slots_of(locations))
             return locations, self.generations[slots]
 
-    def pin_current(self, slots: Slots, generations: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], KeyArray]:
-        """Pin those slots that still hold these generations; which, and the keys of all."""
+    def pin_current(self, slots: Slots, generations: NDArray[np.uint64]) -> Pins:
+        """Pin those slots that still hold these generations, in the namespace in effect."""
         with self._lock:
-            current = self.table.is_ready(slots) & (self.generations[slots] == generations)
+            current = self.table.is_ready(slots) & self.table.index.holds(slots)
+            current &= self.generations[slots] == generations
             self.table.pin(slots[current])
-            return current, self.table.index.keys_of(slots)
+            return Pins(current, self.table.index.keys_of(slots), self.namespace)
 
     def unpin(self, slots: Slots) -> None:
         with self._lock:
@@ -146,16 +160,25 @@ class DiskVolume:
             self._locked_elsewhere = np.empty(0, dtype=np.int64)
         got: list[Slots] = []
         missing = n
-        for _ in range(_ATTEMPTS):
-            self._make_room(missing)
-            with self._lock:
-                taken = self.table.allocate(missing)
-            mine = self._lock_free(taken)
-            got.append(mine)
-            missing -= len(mine)
-            if missing <= 0 or not len(taken):
-                break
+        try:
+            for _ in range(_ATTEMPTS):
+                self._make_room(missing)
+                with self._lock:
+                    taken = self.table.allocate(missing)
+                got.append(self._lock_free(taken))
+                missing -= len(got[-1])
+                if missing <= 0 or not len(taken):
+                    break
+        except BaseException:
+            self.give_back(np.concatenate([*got, np.empty(0, dtype=np.int64)]))
+            raise
         return np.concatenate(got)
+
+    def give_back(self, slots: Slots) -> None:
+        """Undo `reserve`."""
+        with self._lock:
+            self.table.release(slots)
+        self._unlock(slots)
 
     def commit(self, stored: Records, failed: Slots) -> None:
         """Publish written slots and give back failed ones; all were reserved.
@@ -183,7 +206,8 @@ class DiskVolume:
         flat = keys.reshape(-1, keys.shape[-1])
         asked = [BlockKey(k.tobytes()) for k in flat]
         with self._lock:
-            return self.table.index.contains(asked).reshape(len(keys), -1).all(axis=1)
+            present = self.table.index.contains(asked)
+        return np.asarray(present.reshape(len(keys), -1).all(axis=1))
 
     def set_namespace(self, namespace: bytes) -> None:
         """Hide everything; where no other process uses the directory, for good."""
@@ -201,19 +225,22 @@ class DiskVolume:
         """Delete every chunk that holds one of these keys, and what is left of evicted ones;
         returns the number of entries deleted."""
         self.refresh()
-        wanted = _void_keys(keys_to_array(keys))
+        wanted = void_keys(keys_to_array(keys))
         everything = self.index.load()
-        records = everything.at(np.isin(_void_keys(everything.keys), wanted).any(axis=1))
+        records = everything.at(np.isin(void_keys(everything.keys), wanted).any(axis=1))
         with self._lock:
             loose = self.table.drop(records.slots)
-        self.index.commit(records, empty_records(self.codec.fmt.blocks_per_chunk))
-        self.index.sync()
+        try:
+            self.index.commit(records, empty_records(self.codec.fmt.blocks_per_chunk))
+            self.index.sync()
+        finally:
+            with self._lock:
+                self.table.release(loose)
         with self._lock:
-            self.table.release(loose)
             free = self.table.allocate(self.table.allocator.num_free)
         mine = self._lock_free(free)
         try:
-            self._erase(mine, wanted)
+            self._trailers.erase(mine, wanted)
         finally:
             with self._lock:
                 self.table.release(mine)
@@ -261,7 +288,7 @@ class DiskVolume:
         self.index = DiskIndex(path, num_slots, fmt.blocks_per_chunk)
         try:
             if rebuild:
-                self.index.commit(empty_records(fmt.blocks_per_chunk), self._scan())
+                self.index.commit(empty_records(fmt.blocks_per_chunk), self._trailers.scan())
             self._load()
         except BaseException:
             self.index.close()
@@ -271,7 +298,7 @@ class DiskVolume:
         fmt, num_slots = self.codec.fmt, self.header.num_slots
         records = self.index.load()
         on_disk = self.directory.num_slots_on_disk()
-        beyond = records.slots >= on_disk
+        beyond: NDArray[np.bool_] = records.slots >= on_disk
         if beyond.any():
             self.index.commit(records.at(beyond), empty_records(fmt.blocks_per_chunk))
             records = records.at(~beyond)
@@ -279,29 +306,6 @@ class DiskVolume:
         self.generations = np.zeros(num_slots, dtype=np.uint64)
         self.table.allocator.take(records.slots)
         self._publish(records.at(np.argsort(records.generations)[::-1]))
-
-    def _scan(self) -> Records:
-        """Entries rebuilt from the trailers in the data file."""
-        fmt = self.codec.fmt
-        found = []
-        for start in range(0, self.directory.num_slots_on_disk(), _SCAN_SLOTS):
-            slots = np.arange(start, min(start + _SCAN_SLOTS, self.directory.num_slots_on_disk()), dtype=np.int64)
-            trailers = self.codec.parse(self._read_trailers(slots))
-            records = Records(slots, trailers.generations, trailers.namespaces, trailers.keys.copy())
-            found.append(records.at(trailers.valid & (trailers.generations > 0)))
-        logger.info("disk tier %s: index rebuilt, %d chunks", self.directory.path, sum(map(len, found)))
-        return joined([empty_records(fmt.blocks_per_chunk), *found])
-
-    def _read_trailers(self, slots: Slots) -> NDArray[np.uint8]:
-        fmt = self.codec.fmt
-        tail = -(-fmt.trailer_nbytes // ALIGNMENT) * ALIGNMENT
-        buffer = page_aligned(tail)
-        out = np.zeros((len(slots), fmt.trailer_nbytes), dtype=np.uint8)
-        for i, slot in enumerate(slots.tolist()):
-            buffer[:] = 0
-            preadv_full(self.directory.data_fd, [buffer], (slot + 1) * fmt.slot_nbytes - tail)
-            out[i] = buffer[-fmt.trailer_nbytes :]
-        return out
 
     # -- inside
 
@@ -334,9 +338,11 @@ class DiskVolume:
             victims = self.table.evict(max(short, min(EVICT_SLOTS, self.header.num_slots // 16)))
             namespaces = np.zeros(len(victims), dtype=empty_records(1).namespaces.dtype)
             evicted = Records(victims, self.generations[victims], namespaces, self.table.index.keys_of(victims))
-        self.index.commit(joined([evicted, self._take_doomed()]), empty_records(self.codec.fmt.blocks_per_chunk))
-        with self._lock:
-            self.table.release(victims)
+        try:
+            self.index.commit(joined([evicted, self._take_doomed()]), empty_records(self.codec.fmt.blocks_per_chunk))
+        finally:  # after an error the index still has them: `_lock_free` puts them back
+            with self._lock:
+                self.table.release(victims)
 
     def _grow(self, n: int) -> None:
         limit = self.header.num_slots
@@ -365,8 +371,12 @@ class DiskVolume:
                 mine.append(run)
             else:
                 self._locked_elsewhere = np.concatenate((self._locked_elsewhere, run))
-        locked = np.concatenate(mine) if mine else np.empty(0, dtype=np.int64)
-        records = self.index.get(locked)
+        locked = np.concatenate([*mine, np.empty(0, dtype=np.int64)])
+        try:
+            records = self.index.get(locked)
+        except BaseException:
+            self.give_back(locked)
+            raise
         if len(records):
             self._unlock(records.slots)
             with self._lock:
@@ -382,17 +392,3 @@ class DiskVolume:
         with self._lock:
             doomed, self._doomed = [empty_records(self.codec.fmt.blocks_per_chunk), *self._doomed], []
         return joined(doomed)
-
-    def _erase(self, slots: Slots, wanted: NDArray[np.void]) -> None:
-        """Overwrite the trailers of those free slots that still name a wanted key."""
-        fmt, zeros = self.codec.fmt, page_aligned(ALIGNMENT)
-        for start in range(0, len(slots), _SCAN_SLOTS):
-            part = slots[start : start + _SCAN_SLOTS]
-            trailers = self.codec.parse(self._read_trailers(part))
-            named = trailers.valid & np.isin(_void_keys(trailers.keys), wanted).any(axis=1)
-            for slot in part[named].tolist():
-                pwritev_full(self.directory.data_fd, [zeros], (slot + 1) * fmt.slot_nbytes - ALIGNMENT)
-
-
-def _void_keys(keys: NDArray[np.uint8]) -> NDArray[np.void]:
-    return np.ascontiguousarray(keys).view(f"V{keys.shape[-1]}").reshape(keys.shape[:-1])
