@@ -55,7 +55,7 @@ def llama(seed: int = 0, **settings: object) -> PreTrainedModel:
 
 
 @pytest.fixture(autouse=True)
-def _cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -64,9 +64,14 @@ def model() -> PreTrainedModel:
     return llama()
 
 
+@pytest.fixture(scope="module")
+def identity(model: PreTrainedModel) -> KVIdentity:
+    return identity_of(model, block_size=BLOCK)
+
+
 @pytest.fixture
-def store(model: PreTrainedModel) -> Iterator[TieredStore]:
-    with open_store(identity_of(model, block_size=BLOCK)) as store:
+def store(identity: KVIdentity) -> Iterator[TieredStore]:
+    with open_store(identity) as store:
         yield store
 
 
@@ -210,6 +215,19 @@ def test_bfloat16_model_stores_bfloat16(store: TieredStore) -> None:
     with torch.no_grad():
         want = model(input_ids=ids[:, 256:], past_key_values=model(input_ids=ids[:, :256]).past_key_values)
     assert difference(result.logits, want.logits[:, -1]) == 0.0
+
+
+@pytest.mark.gpu
+def test_model_on_a_gpu() -> None:
+    model, ids = llama().to("cuda"), tokens(300).to("cuda")
+    with open_store(identity_of(model)) as store:
+        cache = PrefixCache(model, store)
+        cache.prefill(ids[:, :100])
+        result = cache.prefill(ids)
+        want = full_logits(model, ids)[:, -1]
+    assert result.num_cached_tokens == 96
+    assert result.past_key_values.layers[0].keys.device.type == "cuda"
+    assert difference(result.logits, want) <= 1e-2
 
 
 # -- generate

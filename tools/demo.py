@@ -30,6 +30,7 @@ from kvstore.errors import ConfigError
 from tools.demo_model import MODEL_NAME, prepare_model
 from tools.demo_process import Child
 from tools.demo_report import DemoResult, Measured, SourceRow
+from tools.ls import list_stored
 
 GUIDE: Final = Path(__file__).parent / "data" / "kv_caching_guide.md"
 QUESTIONS: Final = (
@@ -98,7 +99,8 @@ class _Run:
     """One run on its way."""
 
     config: DemoConfig
-    folder: Path
+    data: Path
+    scratch: Path
     model: Path
     prompts: _Prompts
     progress: Progress
@@ -111,11 +113,11 @@ class _Run:
 
     def tiers(self, source: str, question: int = 0) -> dict[str, Any]:
         """Arguments that open the tiers of a source. ``shared`` gets a new, empty disk tier each time."""
-        own = self.folder / f"{source}-{question}"
+        own = self.scratch / f"{source}-{question}"
         return {
             "host_blocks": self.prompts.host_blocks,
-            "disk": str(own if source == "shared" else self.folder / "disk"),
-            "shared": str(self.folder / "shared") if source in ("writer", "shared") else None,
+            "disk": str(own if source == "shared" else self.data / "disk"),
+            "shared": str(self.data / "shared") if source in ("writer", "shared") else None,
         }
 
 
@@ -128,13 +130,13 @@ def run(config: DemoConfig | None = None, console: Console | None = None) -> Dem
     """
     config, start = config or DemoConfig(), time.monotonic()
     steps = 3 + len(QUESTIONS) * len(SOURCES) * 2
-    with _progress(console) as progress, _folder(config.keep) as folder:
+    with _progress(console) as progress, _folders(config.keep) as (data, scratch):
         task = progress.add_task("preparing the model", total=steps)
         model = prepare_model(lambda message: progress.update(task, description=f"preparing the model: {message}"))
-        state = _Run(config, folder, model, _Prompts.of(model), progress, task)
+        state = _Run(config, data, scratch, model, _Prompts.of(model), progress, task)
         with ExitStack() as stack:
             children = {
-                name: stack.enter_context(Child(name, "tools.demo_worker", folder, _WORKER_ENVIRON))
+                name: stack.enter_context(Child(name, "tools.demo_worker", scratch, _WORKER_ENVIRON))
                 for name in ("writer", *SOURCES)
             }
             _answer_all(state, children)
@@ -179,7 +181,7 @@ def _first_token(state: _Run, child: Child, source: str, question: int) -> dict[
         child.ask("open", **state.tiers(source, question), timeout_s=_STEP_TIMEOUT_S)
     if source == "host" and question == 0:
         child.ask("fill", ids=state.prompts.guide, durable_within_s=_STEP_TIMEOUT_S, timeout_s=2 * _STEP_TIMEOUT_S)
-    path = state.folder / f"{source}-{question}.npy"
+    path = state.scratch / f"{source}-{question}.npy"
     ids = state.prompts.full[question]
     row = child.ask("first_token", question=question, ids=ids, logits=str(path), timeout_s=_STEP_TIMEOUT_S)
     row["logits"] = np.load(path, allow_pickle=False)
@@ -199,28 +201,22 @@ def _result(state: _Run, start: float) -> DemoResult:
         sources=[SourceRow.of(source, measured[source], cold) for source in SOURCES],
         answers=[(question, answer.text) for question, answer in zip(QUESTIONS, cold, strict=True)],
         seconds=time.monotonic() - start,
-        stored=_list_stored(state.folder),
+        stored=list_stored(state.data),
     )
 
 
-def _list_stored(folder: Path) -> dict[str, Any]:
-    return {}
-
-
 @contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    """Where the tiers are: ``keep``, or a folder of this run alone."""
-    if keep is not None:
-        keep.mkdir(mode=0o700, parents=True, exist_ok=True)
-        yield keep.resolve()
-        return
+def _folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Where the tiers are, and a folder for the rest; without ``keep`` both go at the end."""
     runs = cache_root() / "runs"
     runs.mkdir(mode=0o700, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=runs))
+    scratch = Path(tempfile.mkdtemp(dir=runs))
+    data = keep.resolve() if keep is not None else scratch / "kv"
     try:
-        yield folder
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield data, scratch
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -54,7 +55,8 @@ class Child:
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._asked: list[str] = []
-        threading.Thread(target=self._read, name=f"demo-{name}", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name=f"demo-{name}", daemon=True)
+        self._reader.start()
 
     def send(self, command: str, **arguments: Any) -> None:
         """Ask for something; collect the answer by `receive`."""
@@ -106,10 +108,15 @@ class Child:
             raise self._error("failed on leaving")
 
     def kill(self) -> None:
-        """Make sure that it is gone; never raises."""
+        """Make sure that it is gone, and its pipes with it."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # what was not written yet has no reader
+                pipe.close()
 
     def __enter__(self) -> Self:
         return self

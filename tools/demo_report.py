@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from tools.ls import Listing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class DemoResult:
     """Everything the demo shows.
 
     Attributes:
-        stored: path of a tier -> what `kvstore ls` says of it; empty without that command.
+        stored: what `kvstore ls` says of the tiers.
     """
 
     model: str
@@ -67,7 +69,7 @@ class DemoResult:
     sources: list[SourceRow]
     answers: list[tuple[str, str]]
     seconds: float
-    stored: dict[str, Any] = field(default_factory=dict)
+    stored: Listing
 
     @property
     def same_text(self) -> bool:
@@ -80,13 +82,13 @@ class DemoResult:
             "sources": [asdict(row) for row in self.sources],
             "answers": [{"question": question, "answer": answer} for question, answer in self.answers],
             "same_text": self.same_text,
-            "stored": self.stored,
+            "stored": self.stored.to_dict(),
             "seconds": round(self.seconds, 1),
         }
 
 
 def print_result(result: DemoResult, console: Console) -> None:
-    """The table, then the answers."""
+    """The table, then the answers, then what is stored."""
     console.print(_table(result))
     for question, answer in result.answers:
         console.print(f"\n[bold]Q[/bold] {question}", highlight=False)
@@ -96,6 +98,9 @@ def print_result(result: DemoResult, console: Console) -> None:
     else:
         wrong = ", ".join(row.source for row in result.sources if not row.same_text)
         console.print(f"\n[bold red]Other text than cold from: {wrong}[/bold red]")
+    console.print("\nStored (kvstore ls):")
+    for part in result.stored.parts():
+        console.print(part)
 
 
 def _table(result: DemoResult) -> Table:

@@ -151,6 +151,8 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     worker.close()
+    sys.stderr.flush()
+    os._exit(0)  # taking apart an interpreter with a model in it takes a second
 
 
 if __name__ == "__main__":

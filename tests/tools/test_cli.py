@@ -298,3 +298,38 @@ def test_beside_a_running_store(tmp_path: Path, io: str) -> None:
         out = torch.empty_like(small_blocks())
         assert store.get(small_keys(), out) == NUM_BLOCKS
         assert torch.equal(out, small_blocks())
+
+
+def test_what_a_directory_says_is_no_markup_and_moves_no_cursor(tmp_path: Path) -> None:
+    identity = dataclasses.replace(IDENTITY, model="[bold]\x1b[2Jevil\r\n\u202e")
+    fill(small_config(identity, disk=tmp_path / "disk"))
+    for command in ("ls", "inspect"):
+        code, out, _ = kvstore(command, tmp_path)
+        assert code == 0
+        assert "[bold]\N{REPLACEMENT CHARACTER}[2Jevil" in out
+        assert not {"\x1b", "\r", "\u202e"} & set(out)
+    assert kvstore_json("ls", tmp_path)["namespaces"][0]["model"] == identity.model
+
+
+def test_a_damaged_block_is_shown_and_is_exit_code_1(kv: Path) -> None:
+    with (kv / "disk/data").open("r+b") as f:
+        f.write(b"\xff" * 8)
+    code, out, _ = kvstore("inspect", kv, small_keys()[0])
+    assert code == 1
+    assert "BAD: payload does not match its checksum" in out
+    assert "verified" in out  # the shared path's copy
+    code, out, _ = kvstore("verify", kv)
+    assert code == 1
+    assert f"bad disk chunk in {kv / 'disk'}: slot 0 payload does not match its checksum" in out
+    assert "17 chunks are good, 1 bad" in out
+    (bad,) = json.loads(kvstore("verify", kv, "--json")[1])["bad"]
+    assert bad["keys"] == [str(key) for key in small_keys()[:2]]
+
+
+def test_problems_of_a_directory_are_shown(kv: Path) -> None:
+    (kv / "disk/store.json").write_text("{}")
+    code, out, _ = kvstore("ls", kv)
+    assert code == 0
+    assert f"problem in disk: {kv / 'disk'}: store.json: " in out
+    assert kvstore("verify", kv)[0] == 1
+    assert kvstore_json("inspect", kv)["problems"]
