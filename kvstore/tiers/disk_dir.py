@@ -3,6 +3,7 @@
     store.json   identity, placement, slot size and count; what was retired by a reset
     data         slots, growing by fallocated extents
     index/       LMDB (disk_index)
+    pid_namespace  of the processes that have it open
     locks        byte ranges locked through the kernel: a process's locks die with it
 
 Knows files and slot numbers, never keys.
@@ -29,6 +30,8 @@ from kvstore.errors import ConfigError, IdentityMismatchError
 logger = logging.getLogger(__name__)
 
 EXTENT_NBYTES: Final = 256 << 20
+_INDEX_ROOM_NBYTES: Final = 256 << 10
+_INDEX_NBYTES_PER_SLOT: Final = 16  # beside what the file system's other free space gives
 _FORMAT: Final = "kvstore disk tier"
 _STORE_JSON_MAX_NBYTES: Final = 1 << 20
 _OPEN_BYTE: Final = 1 << 60  # held while a process opens, rebuilds or clears
@@ -161,6 +164,7 @@ class DiskDirectory:
         """
         found = read_header(self.path)
         alone = self.is_only_member()
+        self._check_pid_namespace(alone=alone)
         differences = found.differences(wanted) if found else {}
         if found and differences:
             if on_mismatch != "clear":
@@ -189,6 +193,17 @@ class DiskDirectory:
             self.write_header(header)
         self._open_data(header)
         return header
+
+    def _check_pid_namespace(self, *, alone: bool) -> None:
+        """LMDB tells dead readers by their pids, which mean nothing in another namespace."""
+        file, mine = self.path / "pid_namespace", str(os.stat("/proc/self/ns/pid").st_ino)
+        if not alone and file.exists() and file.read_text() != mine:
+            raise ConfigError(
+                f"disk.path: {self.path} is open in another PID namespace; run the processes that share it in one "
+                "PID namespace (containers: one pod with a shared process namespace, or --pid), or give each its own"
+            )
+        with open(file, "w", encoding="ascii", opener=_private) as f:
+            f.write(mine)
 
     def write_header(self, header: DirectoryHeader) -> None:
         """Replace store.json, durably."""
@@ -223,12 +238,19 @@ class DiskDirectory:
     def extend(self, num_slots: int) -> int:
         """Grow the data file by one extent, to at most ``num_slots``; returns slots there now.
 
+        On a file system that is nearly full it grows by what fits, some room left for the index.
+
         Raises:
-            OSError: ENOSPC and the like; the file keeps its size.
+            OSError: not even one slot fits; the file keeps its size.
         """
         have = self.num_slots_on_disk()
-        want = min(num_slots, have + max(1, EXTENT_NBYTES // self._slot_nbytes))
+        free = os.statvfs(self.path)
+        room = free.f_bavail * free.f_frsize - _INDEX_ROOM_NBYTES - num_slots * _INDEX_NBYTES_PER_SLOT
+        fits = max(1, min(EXTENT_NBYTES, room) // self._slot_nbytes)
+        want = min(num_slots, have + fits)
         if want > have:
+            if room < self._slot_nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(self._data_fd, 0, want * self._slot_nbytes)
         return self.num_slots_on_disk()
 

@@ -61,7 +61,7 @@ def test_flipped_bytes(stores: Stores) -> None:
     fill(stores)
     data, rng = stores.path / "disk" / "data", np.random.default_rng(3)
     num_slots = NUM_PREFIXES * PREFIX_BLOCKS // stores.blocks_per_chunk
-    slot_nbytes = 4096 if stores.blocks_per_chunk == 1 else 8192
+    slot_nbytes = 4096  # for both
     for slot in rng.permutation(num_slots)[:3].tolist():
         flip(data, slot * slot_nbytes + int(rng.integers(slot_nbytes)))
     loaded = load_all(stores)
@@ -70,7 +70,7 @@ def test_flipped_bytes(stores: Stores) -> None:
 
 
 def truncate_data(disk: Path) -> None:
-    os.truncate(disk / "data", 40 * 4096 + 100)
+    os.truncate(disk / "data", NUM_PREFIXES * PREFIX_BLOCKS // 8 * 4096 + 100)  # half of the larger chunks
 
 
 def delete_data(disk: Path) -> None:
