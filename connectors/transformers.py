@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 
 import torch
 
+from connectors.generate_settings import check_settings
 from connectors.kv_blocks import BlockMover, BlockStore
 from connectors.model_kv import ModelKV, check_identity, describe_identity, describe_kv
 from kvstore import BlockKey, KVIdentity, KVLayout, hash_blocks
@@ -30,29 +31,6 @@ except ImportError as e:
 __all__ = ["PrefillResult", "PrefixCache", "identity_of", "layout_of"]
 
 CHUNK_TOKENS: Final = 512
-
-# What `generate` passes on beside the settings of a GenerationConfig: nothing that changes the KV.
-_PASSED_ON: Final = {
-    "attention_mask",
-    "generation_config",
-    "logits_processor",
-    "prefix_allowed_tokens_fn",
-    "stopping_criteria",
-    "streamer",
-    "synced_gpus",
-    "use_model_defaults",
-}
-# Settings whose cache is not one row that grows by the tokens that come out; value: what is allowed.
-_ONE_ROW: Final[dict[str, tuple[Any, ...]]] = {
-    "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
-    "use_cache": (None, True),
-    "cache_implementation": (None, "dynamic"),
-    "prompt_lookup_num_tokens": (None,),
-    "prefill_chunk_size": (None,),
-    "token_healing": (None, False),
-    "is_assistant": (None, False),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +218,7 @@ class PrefixCache:
             ConfigError: an argument that this can't do right: padding, beams, several
                 sequences, another cache, embeddings or other inputs beside tokens.
         """
-        self._check_settings(kwargs)
+        check_settings(kwargs, self._model.generation_config)
         sequence = self._load(input_ids)
         mask = kwargs.pop("attention_mask", None)
         if mask is not None and not bool(torch.as_tensor(mask).all()):
@@ -332,17 +310,6 @@ class PrefixCache:
         if ids.ndim not in (1, 2) or ids.numel() == 0 or ids.is_floating_point():
             raise ConfigError(f"input_ids: {ids.dtype} of shape {tuple(ids.shape)}; give (num_tokens,) token ids")
         return ids.reshape(1, -1).to(device=self._device, dtype=torch.long)
-
-    def _check_settings(self, kwargs: dict[str, Any]) -> None:
-        base = kwargs.get("generation_config") or self._model.generation_config
-        known = set(self._model.generation_config.to_dict()) | set(_ONE_ROW) | _PASSED_ON
-        for name in kwargs:
-            if name not in known:
-                raise ConfigError(f"{name}: not an argument of PrefixCache.generate; its prompts are tokens only")
-        for name, allowed in _ONE_ROW.items():
-            value = kwargs.get(name, getattr(base, name, None))
-            if value not in allowed:
-                raise ConfigError(f"{name}: {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

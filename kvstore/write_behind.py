@@ -65,6 +65,7 @@ class WriteBehind:
         self._num_unsealed = 0
         self._generation = 0
         self._closed = False
+        self._look_s = min(1.0, stall_s / 2)  # how often to look for a tier that has stalled
         self._writers = [_Writer(tier, stall_s) for tier in tiers]
         self._sealer = threading.Thread(target=self._seal_all, name="kvstore-sealer", daemon=True)
         self._sealer.start()
@@ -113,9 +114,12 @@ class WriteBehind:
                 self._change.notify_all()
 
     def _next(self) -> _Submitted | None:
-        with self._change:
-            self._change.wait_for(lambda: self._waiting or self._closed)
-            return self._waiting.popleft() if self._waiting else None
+        while True:
+            with self._change:
+                if self._change.wait_for(lambda: self._waiting or self._closed, timeout=self._look_s):
+                    return self._waiting.popleft() if self._waiting else None
+            for writer in self._writers:
+                writer.shed()
 
     def _seal(self, taken: _Submitted, part: slice) -> None:
         slots, keys = taken.host_slots[part], taken.keys[part]
@@ -166,6 +170,19 @@ class _Writer:
             logger.warning("%s tier: read-only, a write takes more than %g s", self._tier.name, self._stall_s)
             self._reported = True
         self._finish(batch, len(batch.chunks.host_slots))
+
+    def shed(self) -> None:
+        """Where the tier has stalled, drop the batch that waits behind the one in hand."""
+        if not self.is_stalled():
+            return
+        try:
+            batch = self._queue.get_nowait()
+        except queue.Empty:
+            return
+        if batch is None:  # the tier's writer is to end
+            self._queue.put_nowait(None)
+        else:
+            self._finish(batch, len(batch.chunks.host_slots))
 
     def is_stalled(self) -> bool:
         since = self._busy_since
