@@ -18,7 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, KVLayout, StoreConfig, TieredStore, hash_blocks
+from kvstore import (
+    BlockKey,
+    DiskTierConfig,
+    HostTierConfig,
+    KVIdentity,
+    KVLayout,
+    StoreConfig,
+    TieredStore,
+    hash_blocks,
+)
 from kvstore.keys import keys_to_array
 
 LAYOUT = KVLayout(num_layers=4, num_kv_heads=8, head_size=64, block_size=16, dtype=torch.bfloat16)  # 128 KiB a block
