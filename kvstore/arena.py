@@ -1,7 +1,8 @@
-"""Host memory for slots: one shared-memory region that no kill can leak.
+"""Host memory for slots: one region that no kill can leak.
 
-The region is a memfd, so an I/O process or an engine's workers can map the same bytes, and
-the kernel frees it with its last user. An arena knows slots and bytes, never keys.
+Private memory for a store alone: there huge pages are to be had, which make reads from disk
+a quarter faster. Else a memfd, which an I/O process or an engine's workers map too, and
+which the kernel frees with its last user. An arena knows slots and bytes, never keys.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import logging
 import mmap
 import os
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from kvstore.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+Sharing = Literal["private", "memfd"]
 _MADV_POPULATE_WRITE: Final = 23  # linux/mman.h, since 5.14
 _POPULATE_STEP_NBYTES: Final = 256 << 20
 
@@ -29,15 +31,15 @@ class HostArena:
 
     Attributes:
         rows: uint8, shape (num_slots, slot_nbytes). Padding starts as zeros.
-        fd: the memfd, to be handed to another process.
+        fd: the memfd, to be handed to another process; None for private memory.
     """
 
-    fd: int
+    fd: int | None
     rows: NDArray[np.uint8]
     _mmap: mmap.mmap
     _pinned: bool
 
-    def __init__(self, num_slots: int, slot_nbytes: int) -> None:
+    def __init__(self, num_slots: int, slot_nbytes: int, *, sharing: Sharing = "private") -> None:
         """Raises ConfigError where the memory cannot be had."""
         size = num_slots * slot_nbytes
         available = _available_nbytes()
@@ -46,13 +48,16 @@ class HostArena:
                 f"host.num_blocks: {num_slots} chunks of {slot_nbytes} bytes need {size >> 20} MiB, "
                 f"but {available >> 20} MiB are available; give at most {available // slot_nbytes} chunks"
             )
-        fd = os.memfd_create("kvstore-arena", os.MFD_CLOEXEC)
+        self.fd = None
         try:
-            os.ftruncate(fd, size)
-            self._map(fd, num_slots, slot_nbytes)
+            if sharing == "memfd":
+                self.fd = os.memfd_create("kvstore-arena", os.MFD_CLOEXEC)
+                os.ftruncate(self.fd, size)
+            self._map(num_slots, slot_nbytes)
             self._populate()
         except (OSError, ValueError) as e:
-            os.close(fd)
+            if self.fd is not None:
+                os.close(self.fd)
             raise ConfigError(f"host.num_blocks: cannot have {size >> 20} MiB of host memory: {e}") from e
         self._pinned = _pin(self.rows)
 
@@ -62,7 +67,8 @@ class HostArena:
         if os.fstat(fd).st_size != num_slots * slot_nbytes:
             raise ConfigError(f"arena of {os.fstat(fd).st_size} bytes is not {num_slots} slots of {slot_nbytes}")
         arena = cls.__new__(cls)
-        arena._map(fd, num_slots, slot_nbytes)
+        arena.fd = fd
+        arena._map(num_slots, slot_nbytes)
         arena._pinned = False
         return arena
 
@@ -71,16 +77,19 @@ class HostArena:
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self.rows.ctypes.data)  # type: ignore[no-untyped-call]
             self._pinned = False
-        if self.fd >= 0:
+        if self.fd is not None:
             os.close(self.fd)
-            self.fd = -1
+            self.fd = None
         self.rows = np.empty((0, 0), dtype=np.uint8)
         with contextlib.suppress(BufferError):  # a caller still holds a view: unmapped with it
             self._mmap.close()
 
-    def _map(self, fd: int, num_slots: int, slot_nbytes: int) -> None:
-        self.fd = fd
-        self._mmap = mmap.mmap(fd, num_slots * slot_nbytes)
+    def _map(self, num_slots: int, slot_nbytes: int) -> None:
+        size = num_slots * slot_nbytes
+        if self.fd is None:
+            self._mmap = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._mmap = mmap.mmap(self.fd, size)
         with contextlib.suppress(OSError):  # huge pages are a wish: some kernels have none for shared memory
             self._mmap.madvise(mmap.MADV_HUGEPAGE)
         self.rows = np.frombuffer(self._mmap, dtype=np.uint8).reshape(num_slots, slot_nbytes)

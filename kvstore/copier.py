@@ -1,13 +1,15 @@
 """Copies blocks between tensors and slots of an arena. Knows shapes and bytes, never keys.
 
 In a slot the payload is layer-major, ``(num_layers, blocks_per_chunk, layer_nbytes)``; in a
-tensor blocks come one after the other, ``(n, num_layers, layer_nbytes)``. Neighbouring
-slots are copied in one call. On one thread: torch's threaded copy collapses beside I/O.
+tensor blocks come one after the other, ``(n, num_layers, layer_nbytes)``. Copies run on the
+calling thread: torch's own threads collapse beside I/O. CUDA copies go straight to and from
+the pinned slots, all on the caller's stream, and are waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from typing import Final
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from kvstore.errors import ConfigError
 from kvstore.layout import KVLayout
 from kvstore.slot import Rows, Slots
 
+_LONG_RUN: Final = 4  # slots; shorter runs cost more in numpy's set-up than in copying
+
 
 class Copier:
     """Args:
@@ -25,24 +29,29 @@ class Copier:
 
     def __init__(self, layout: KVLayout, blocks_per_chunk: int, rows: Rows) -> None:
         self.layout, self._blocks_per_chunk = layout, blocks_per_chunk
-        self._chunk_shape = (layout.num_layers, blocks_per_chunk, layout.layer_nbytes)
         self._payload = rows[:, : layout.block_nbytes * blocks_per_chunk]
 
     def check(self, blocks: torch.Tensor, name: str) -> None:
         """Raises ConfigError unless blocks is (n, *block_shape) of the layout's dtype."""
         shape, dtype = self.layout.block_shape, self.layout.dtype
         if tuple(blocks.shape[1:]) != shape or blocks.dtype != dtype:
-            raise ConfigError(
-                f"{name}: shape {tuple(blocks.shape)} of {blocks.dtype}; give (n, {', '.join(map(str, shape))}) of {dtype}"
-            )
+            wanted = f"(n, {', '.join(map(str, shape))}) of {dtype}"
+            raise ConfigError(f"{name}: shape {tuple(blocks.shape)} of {blocks.dtype}; give {wanted}")
 
     def store(self, blocks: torch.Tensor, slots: Slots) -> None:
         """Copy ``len(slots) * blocks_per_chunk`` blocks into slots; done when it returns."""
-        if blocks.device.type != "cpu":
-            blocks = blocks.cpu()
-        source = self._bytes(blocks.contiguous()).reshape(len(slots), *self._by_block)
-        for part, target in self._runs(slots):
-            np.copyto(target, source[part].swapaxes(1, 2))
+        if not len(slots):
+            return
+        source = blocks.contiguous().view(torch.uint8).view(len(slots), -1)
+        if self._blocks_per_chunk == 1:
+            if source.is_cuda:
+                self._copy_cuda(slots, source, to_slots=True)
+            else:
+                self._copy(slots, source.numpy(), to_slots=True)
+            return
+        by_block = source.cpu().numpy().reshape(len(slots), self._blocks_per_chunk, self.layout.num_layers, -1)
+        for slot, chunk in zip(slots.tolist(), by_block, strict=True):
+            np.copyto(self._by_layer(slot), chunk.swapaxes(0, 1))
 
     def load(self, slots: Slots, positions: NDArray[np.int64], out: torch.Tensor) -> None:
         """Copy block ``positions[i]`` of slot ``slots[i]`` to ``out[i]``; done when it returns.
@@ -50,31 +59,49 @@ class Copier:
         Args:
             out: contiguous, (len(slots), *block_shape).
         """
-        if out.device.type != "cpu":
-            staged = torch.empty(out.shape, dtype=out.dtype)
-            self.load(slots, positions, staged)
-            out.copy_(staged)
+        if not len(slots):
             return
-        target = self._bytes(out).reshape(len(slots), self.layout.num_layers, -1)
+        target = out.view(torch.uint8).view(len(slots), -1)
         if self._blocks_per_chunk == 1:
-            for part, source in self._runs(slots):
-                np.copyto(target[part], source[:, :, 0])
+            if target.is_cuda:
+                self._copy_cuda(slots, target, to_slots=False)
+            else:
+                self._copy(slots, target.numpy(), to_slots=False)
             return
-        for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-            np.copyto(target[i], self._payload[slot].reshape(self._chunk_shape)[:, position])
+        staged = target if not target.is_cuda else torch.empty(target.shape, dtype=target.dtype)
+        by_layer = staged.numpy().reshape(len(slots), self.layout.num_layers, -1)
+        for block, slot, position in zip(by_layer, slots.tolist(), positions.tolist(), strict=True):
+            np.copyto(block, self._by_layer(slot)[:, position])
+        if target.is_cuda:
+            target.copy_(staged)
 
-    @property
-    def _by_block(self) -> tuple[int, int, int]:
-        layers, blocks, nbytes = self._chunk_shape
-        return (blocks, layers, nbytes)
+    def _by_layer(self, slot: int) -> NDArray[np.uint8]:
+        return self._payload[slot].reshape(self.layout.num_layers, self._blocks_per_chunk, -1)
 
-    def _bytes(self, blocks: torch.Tensor) -> NDArray[np.uint8]:
-        return blocks.view(torch.uint8).numpy() if blocks.numel() else np.empty(0, dtype=np.uint8)
+    def _copy(self, slots: Slots, blocks: NDArray[np.uint8], *, to_slots: bool) -> None:
+        """Copy whole slots' payloads; long runs of neighbours in one call."""
+        breaks = np.flatnonzero(np.diff(slots) != 1) + 1
+        if (len(breaks) + 1) * _LONG_RUN > len(slots):
+            self._copy_each(slots, blocks, to_slots=to_slots)
+            return
+        starts, ends = [0, *breaks.tolist()], [*breaks.tolist(), len(slots)]
+        for start, end, first in zip(starts, ends, slots[starts].tolist(), strict=True):
+            rows = self._payload[first : first + end - start]
+            target, source = (rows, blocks[start:end]) if to_slots else (blocks[start:end], rows)
+            np.copyto(target, source)
 
-    def _runs(self, slots: Slots) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
-        """Parts of ``slots`` that are neighbours, each with its rows as (n, *chunk_shape)."""
-        breaks = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
-        for start, end in zip(breaks[:-1], breaks[1:], strict=True):
-            if end > start:
-                first = int(slots[start])
-                yield slice(start, end), self._payload[first : first + end - start].reshape(-1, *self._chunk_shape)
+    def _copy_each(self, slots: Slots, blocks: NDArray[np.uint8], *, to_slots: bool) -> None:
+        """Copy slot by slot: memmove needs no array views, and lets go of the interpreter lock."""
+        nbytes = blocks.shape[1]
+        row = self._payload.ctypes.data + slots * self._payload.strides[0]
+        block = blocks.ctypes.data + np.arange(len(slots)) * nbytes
+        targets, sources = (row, block) if to_slots else (block, row)
+        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+            ctypes.memmove(target, source, nbytes)
+
+    def _copy_cuda(self, slots: Slots, blocks: torch.Tensor, *, to_slots: bool) -> None:
+        for slot, block in zip(slots.tolist(), blocks, strict=True):
+            row = torch.from_numpy(self._payload[slot])
+            target, source = (row, block) if to_slots else (block, row)
+            target.copy_(source, non_blocking=True)
+        torch.cuda.current_stream(blocks.device).synchronize()

@@ -61,12 +61,17 @@ class BlockIndex:
         """Which keys are present, shape (len(keys),)."""
         return self._probe(_words(keys))[0] >= 0
 
+    def contains_chunks(self, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which chunks have all their keys present; keys of shape (n, blocks_per_chunk, 36)."""
+        present = self._probe(_as_words(keys))[0] >= 0
+        return np.asarray(present.reshape(len(keys), -1).all(axis=1))
+
     def insert(self, slots: Slots, keys: NDArray[np.uint8]) -> None:
         """Add slots that are not in, with their keys, shape (n, blocks_per_chunk, 36).
 
         A key that is in already is found at its newest location from now on.
         """
-        words = np.ascontiguousarray(keys, dtype=np.uint8).reshape(-1, KEY_NBYTES).view(np.uint32)
+        words = _as_words(keys)
         locations = (slots[:, None] * self.blocks_per_chunk + np.arange(self.blocks_per_chunk)).reshape(-1)
         self._keys[locations] = words
         self._in[slots] = True
@@ -173,3 +178,7 @@ class BlockIndex:
 
 def _words(keys: Sequence[BlockKey]) -> NDArray[np.uint32]:
     return keys_to_array(keys).view(np.uint32).reshape(len(keys), _WORDS)
+
+
+def _as_words(keys: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(keys, dtype=np.uint8).reshape(-1, KEY_NBYTES).view(np.uint32)

@@ -173,6 +173,8 @@ class _Connection:
         self._reads: dict[int, _ProcessReadJob] = {}
         self._stores: dict[int, tuple[set[int], Callable[[Slots], None]]] = {}
         self._gone = False
+        if arena.fd is None:
+            raise ValueError("an I/O process needs an arena that it can map")
         mine, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(

@@ -98,8 +98,7 @@ class TierManager:
         with self._room:
             kept = np.full(len(slots), epoch == self.epoch)
             if kept.any():
-                flat = [BlockKey(k.tobytes()) for k in keys.reshape(-1, keys.shape[-1])]
-                kept &= ~self._table.index.contains(flat).reshape(len(slots), -1).all(axis=1)
+                kept &= ~self._table.index.contains_chunks(keys)
             self._table.publish(slots[kept], keys[kept])
             for _ in range(pins):
                 self._table.pin(slots[kept])

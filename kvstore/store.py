@@ -20,8 +20,9 @@ from typing import Any, Final, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kvstore.arena import HostArena
+from kvstore.arena import HostArena, Sharing
 from kvstore.config import StoreConfig
 from kvstore.copier import Copier
 from kvstore.errors import ConfigError, StoreClosedError
@@ -69,7 +70,8 @@ class TieredStore:
         self._namespace = self.identity.namespace(INITIAL_EPOCH)
         num_slots = config.host.num_blocks // self.blocks_per_chunk
         make_policy(config.host.eviction_policy, 1)  # a wrong name stops the start before memory is taken
-        self._arena = HostArena(num_slots, fmt.slot_nbytes)
+        sharing: Sharing = "memfd" if config.io == "process" else "private"
+        self._arena = HostArena(num_slots, fmt.slot_nbytes, sharing=sharing)
         self._manager = TierManager(num_slots, self.blocks_per_chunk, config.host.eviction_policy)
         self._copier = Copier(self.layout, self.blocks_per_chunk, self._arena.rows)
         self._stats = TierStats(name="host")
@@ -110,20 +112,22 @@ class TieredStore:
         deadline = time.monotonic() + self.config.put_timeout_s
         per_chunk = self.blocks_per_chunk
         wanted = keys[first_block : first_block + len(blocks)]
-        present = int(np.argmin(np.append(self._manager.contains(wanted), False)))
+        is_present = self._manager.contains(wanted)
+        present = int(np.argmin(np.append(is_present, False)))
         start = max(0, present - (first_block + present) % per_chunk)  # cut chunks where others cut them
         end = start + (len(blocks) - start) // per_chunk * per_chunk
         step = max(1, _PIECE_NBYTES // self._codec.fmt.slot_nbytes) * per_chunk
         taken = start
         while present < len(wanted) and taken < end:
-            piece = min(step, end - taken)
-            done = self._put_chunks(wanted[taken : taken + piece], blocks[taken : taken + piece], deadline)
+            part = slice(taken, min(taken + step, end))
+            done = self._put_chunks(wanted[part], blocks[part], is_present[part], deadline)
             taken += done
-            if done < piece:
+            if taken < part.stop:
                 break
         self._count(dropped_blocks=end - taken if present < len(wanted) else 0)
         taken = max(taken, present)
-        self._manager.touch(keys[: first_block + taken])
+        if first_block or is_present.any() or taken > step:  # else it was taken in as one, head first
+            self._manager.touch(keys[: first_block + taken])
         if self._device is not None:
             self._device.put(wanted[:taken], blocks[:taken], device_epoch)
         return taken
@@ -249,12 +253,13 @@ class TieredStore:
     def _arena_nbytes(self) -> int:
         return self._manager.num_slots * self._codec.fmt.slot_nbytes
 
-    def _put_chunks(self, keys: Sequence[BlockKey], blocks: torch.Tensor, deadline: float) -> int:
+    def _put_chunks(
+        self, keys: Sequence[BlockKey], blocks: torch.Tensor, is_present: NDArray[np.bool_], deadline: float
+    ) -> int:
         """Store whole chunks; returns how many blocks were taken."""
         per_chunk, done, total = self.blocks_per_chunk, 0, len(keys) // self.blocks_per_chunk
         all_keys = keys_to_array(keys).reshape(total, per_chunk, -1)
-        absent = ~self._manager.contains(keys).reshape(total, per_chunk).all(axis=1)
-        todo = np.flatnonzero(absent)
+        todo = np.flatnonzero(~is_present.reshape(total, per_chunk).all(axis=1))
         while done < len(todo):
             with self._lock:
                 epoch, namespace = self._manager.epoch, self._namespace

@@ -203,11 +203,8 @@ class DiskVolume:
 
     def contains(self, keys: KeyArray) -> NDArray[np.bool_]:
         """Which chunks have all their blocks here already."""
-        flat = keys.reshape(-1, keys.shape[-1])
-        asked = [BlockKey(k.tobytes()) for k in flat]
         with self._lock:
-            present = self.table.index.contains(asked)
-        return np.asarray(present.reshape(len(keys), -1).all(axis=1))
+            return self.table.index.contains_chunks(keys)
 
     def set_namespace(self, namespace: bytes) -> None:
         """Hide everything; where no other process uses the directory, for good."""

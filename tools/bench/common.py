@@ -15,9 +15,9 @@ import torch
 from rich.table import Table
 
 from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, KVLayout, StoreConfig, TieredStore
+from kvstore.arena import HostArena
 from kvstore.keys import KEY_NBYTES
 from kvstore.slot import FOOTER
-from kvstore.tiers.page_buffer import page_aligned
 
 SLOT_SIZES: Final = (64 << 10, 368_640, 2 << 20)
 Measure = Callable[[], float]  # runs once; returns GB/s, or another rate
@@ -138,7 +138,5 @@ def random_blocks(layout: KVLayout, n: int) -> torch.Tensor:
 
 
 def warm_rows(n: int, nbytes: int) -> np.ndarray:
-    """A page-aligned buffer of n rows, its pages there already."""
-    rows = page_aligned(n * nbytes)
-    rows[::4096] = 1
-    return rows.reshape(n, nbytes)
+    """A buffer of n rows in memory like a store's own, its pages there already."""
+    return HostArena(n, nbytes).rows
