@@ -76,7 +76,7 @@ class Copier:
             target.copy_(staged)
 
     def _by_layer(self, slot: int) -> NDArray[np.uint8]:
-        return self._payload[slot].reshape(self.layout.num_layers, self._blocks_per_chunk, -1)
+        return np.asarray(self._payload[slot].reshape(self.layout.num_layers, self._blocks_per_chunk, -1))
 
     def _copy(self, slots: Slots, blocks: NDArray[np.uint8], *, to_slots: bool) -> None:
         """Copy whole slots' payloads; long runs of neighbours in one call."""

@@ -78,7 +78,8 @@ def demo(
 def ls(path: StoredPath, json: Json = False) -> None:
     """Show what is stored, by namespace.
 
-    A row for each, with model, blocks, bytes and age. Reads no payload and writes nothing; running stores are not disturbed.
+    A row for each, with model, blocks, bytes and age. Reads no payload and writes nothing;
+    running stores are not disturbed.
 
     \b
     Example: kvstore ls /var/cache/kv
@@ -102,8 +103,8 @@ def inspect(
 ) -> None:
     """Show identity and layout, or one block.
 
-    With KEY it shows that block layer by layer, wherever it is stored. For K and V of each layer: least and greatest number, mean, norm, and how many are zero,
-    NaN or infinite. Exit code 1 if the block's chunk is damaged.
+    With KEY it shows that block, wherever it is stored. For K and V of each layer: least and
+    greatest number, mean, norm, and how many are zero, NaN or infinite. Exit code 1 if the block's chunk is damaged.
 
     \b
     Example: kvstore inspect /var/cache/kv 3f9a0c
@@ -125,7 +126,8 @@ def inspect(
 def verify(path: StoredPath, json: Json = False, integrity_key_file: KeyFile = None) -> None:
     """Read everything and report what is damaged.
 
-    Names every bad slot and file, and writes nothing. What is reported would be a miss, and the next store of it heals it.
+    Names every bad slot and file, and writes nothing. What is reported would be a miss, and
+    the next store of it heals it.
     Exit code 1 if anything is damaged.
 
     \b

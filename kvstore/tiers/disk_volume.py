@@ -298,7 +298,7 @@ class DiskVolume:
         beyond: NDArray[np.bool_] = records.slots >= on_disk
         if beyond.any():
             self.index.commit(records.at(beyond), empty_records(fmt.blocks_per_chunk))
-            records = records.at(~beyond)
+            records = records.at(np.flatnonzero(~beyond))
         self.table = SlotTable(num_slots, fmt.blocks_per_chunk, self.config.disk.eviction_policy, on_disk)
         self.generations = np.zeros(num_slots, dtype=np.uint64)
         self.table.allocator.take(records.slots)

@@ -22,8 +22,8 @@ from tools.bench.common import (
     warm_rows,
 )
 
-_BATCH_NBYTES: Final = 8 << 20
-_MIN_BATCH: Final = 16
+_BATCH_NBYTES: Final = 64 << 20
+_MIN_BATCH, _MAX_BATCH = 16, 256  # blocks a call: a prompt of some thousand tokens
 _RAW: Final = "one thread's memcpy, same blocks"
 
 
@@ -82,7 +82,7 @@ def _beside_write_behind(path: Path, slot_nbytes: int, n: int, rounds: int) -> R
 
 
 def _batch(slot_nbytes: int) -> int:
-    return max(_MIN_BATCH, _BATCH_NBYTES // slot_nbytes)
+    return min(_MAX_BATCH, max(_MIN_BATCH, _BATCH_NBYTES // slot_nbytes))
 
 
 def _batched(store: TieredStore, verb: str, keys: list[BlockKey], blocks: torch.Tensor) -> float:

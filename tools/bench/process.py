@@ -28,7 +28,7 @@ def run(path: Path, scale: Scale) -> Iterator[Row]:
             quiet_s = time.perf_counter() - start
             store.put(random_keys(n), blocks)
             done = threading.Event()
-            flusher = threading.Thread(target=lambda done=done: (store.flush(120), done.set()))  # type: ignore[misc]
+            flusher = threading.Thread(target=lambda done=done: (store.flush(120), done.set()))
             start = time.perf_counter()
             flusher.start()
             beside = _loop(done, 120.0)
