@@ -24,6 +24,7 @@ from kvstore.errors import StoreClosedError
 logger = logging.getLogger(__name__)
 
 QUEUE_PER_THREAD: Final = 4
+VERIFIED_AT_ONCE: Final = 8  # operations
 Indices = list[int]
 
 
@@ -130,7 +131,7 @@ class ReadJob(ABC):
 
 @dataclass(frozen=True, slots=True)
 class ReadOperation:
-    """One system call's worth of a read: which chunks, and what reads them."""
+    """What one thread reads in one go: which chunks, and what reads them."""
 
     indices: Indices
     run: Callable[[], None]
@@ -142,7 +143,7 @@ class PooledReadJob(ReadJob):
     Args:
         pool: has at most ``2 * num_threads`` operations of this job at a time.
         operations: cover each chunk once.
-        verify: given the chunks of one operation that was read, says which are good.
+        verify: given chunks that were read, says which are good.
         on_error: told of an operation that raised; its chunks are yielded as not ok.
         deadline: in `time.monotonic` seconds.
     """
@@ -172,18 +173,11 @@ class PooledReadJob(ReadJob):
             if not self._in_flight and not self._waiting:
                 return
             self._fill()
-            try:
-                operation = self._returned.get(timeout=max(0.0, self._deadline - time.monotonic()))
-            except queue.Empty:
+            returned = self._take_returned()
+            if not returned:
                 return
-            _, future = self._in_flight.pop(id(operation))
             self._fill()
-            error = future.exception()
-            if error is not None:
-                self._on_error(error, operation.indices)
-                self._results.extend((i, False) for i in operation.indices)
-            else:
-                self._results.extend(zip(operation.indices, map(bool, self._verify(operation.indices)), strict=True))
+            self._collect(returned)
 
     def abandon(self, release: Callable[[Indices], None]) -> None:
         results, self._results = self._results, deque()
@@ -195,6 +189,32 @@ class PooledReadJob(ReadJob):
         in_flight, self._in_flight = self._in_flight, {}
         for operation, future in in_flight.values():
             future.add_done_callback(lambda _, operation=operation: release(operation.indices))  # type: ignore[misc]
+
+    def _take_returned(self) -> list[tuple[ReadOperation, Future[None]]]:
+        """Wait for an operation to return, and take those that have returned beside it."""
+        returned = []
+        try:
+            operation = self._returned.get(timeout=max(0.0, self._deadline - time.monotonic()))
+            while True:
+                returned.append(self._in_flight.pop(id(operation)))
+                if len(returned) == VERIFIED_AT_ONCE:
+                    break
+                operation = self._returned.get_nowait()
+        except queue.Empty:
+            pass
+        return returned
+
+    def _collect(self, returned: Sequence[tuple[ReadOperation, Future[None]]]) -> None:
+        read: Indices = []
+        for operation, future in returned:
+            error = future.exception()
+            if error is None:
+                read += operation.indices
+            else:
+                self._on_error(error, operation.indices)
+                self._results.extend((i, False) for i in operation.indices)
+        if read:
+            self._results.extend(zip(read, map(bool, self._verify(read)), strict=True))
 
     def _fill(self) -> None:
         while self._waiting and len(self._in_flight) < 2 * self._pool.num_threads:

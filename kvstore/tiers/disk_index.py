@@ -51,7 +51,7 @@ class Records:
     def __len__(self) -> int:
         return len(self.slots)
 
-    def at(self, where: NDArray[np.bool_] | NDArray[np.int64]) -> Records:
+    def at(self, where: NDArray[np.bool_ | np.int64]) -> Records:
         return Records(self.slots[where], self.generations[where], self.namespaces[where], self.keys[where])
 
 

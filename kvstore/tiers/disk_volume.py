@@ -295,9 +295,9 @@ class DiskVolume:
         fmt, num_slots = self.codec.fmt, self.header.num_slots
         records = self.index.load()
         on_disk = self.directory.num_slots_on_disk()
-        beyond: NDArray[np.bool_] = records.slots >= on_disk
+        beyond = np.asarray(records.slots >= on_disk)
         if beyond.any():
-            self.index.commit(records.at(beyond), empty_records(fmt.blocks_per_chunk))
+            self.index.commit(records.at(np.flatnonzero(beyond)), empty_records(fmt.blocks_per_chunk))
             records = records.at(np.flatnonzero(~beyond))
         self.table = SlotTable(num_slots, fmt.blocks_per_chunk, self.config.disk.eviction_policy, on_disk)
         self.generations = np.zeros(num_slots, dtype=np.uint64)

@@ -13,11 +13,13 @@ from kvstore.direct_io import preadv_full, pwritev_full
 from kvstore.slot import Rows, Slots
 
 CALL_NBYTES: Final = 2 << 20
+BUNDLE_NBYTES: Final = 1 << 20  # many short calls cost more in threads' hand-overs than in the kernel
+Move = Callable[[list[NDArray[np.uint8]], int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class SlotCall:
-    """One system call: which of the asked-for slots it moves, and what moves them."""
+    """What one thread moves in one go: which of the asked-for slots, and what moves them."""
 
     indices: NDArray[np.int64]
     run: Callable[[], None]
@@ -25,7 +27,7 @@ class SlotCall:
 
 @dataclass(frozen=True, slots=True)
 class SlotIo:
-    """Cuts work into calls of neighbouring slots.
+    """Cuts work into system calls of neighbouring slots; short ones are bundled.
 
     Args:
         rows: the arena, (num_slots, slot_nbytes).
@@ -37,27 +39,28 @@ class SlotIo:
 
     def reads(self, fd: int, slots: Slots, host_slots: Slots) -> list[SlotCall]:
         """Calls that read ``slots[i]`` of the file into row ``host_slots[i]``, the head's first."""
-        return [SlotCall(part, self._read(fd, *at)) for part, at in self._parts(slots, host_slots)]
+
+        def read(buffers: list[NDArray[np.uint8]], offset: int) -> None:
+            preadv_full(fd, buffers, offset)  # what the file lacks fails to verify
+
+        return self._calls(read, slots, host_slots)
 
     def writes(self, fd: int, slots: Slots, host_slots: Slots) -> list[SlotCall]:
         """Calls that write row ``host_slots[i]`` to ``slots[i]`` of the file."""
-        return [SlotCall(part, self._write(fd, *at)) for part, at in self._parts(slots, host_slots)]
 
-    def _read(self, fd: int, offset: int, buffers: list[NDArray[np.uint8]]) -> Callable[[], None]:
-        def read() -> None:
-            preadv_full(fd, buffers, offset)  # what the file lacks fails to verify
+        def write(buffers: list[NDArray[np.uint8]], offset: int) -> None:
+            pwritev_full(fd, buffers, offset)
 
-        return read
+        return self._calls(write, slots, host_slots)
 
-    def _write(self, fd: int, offset: int, buffers: list[NDArray[np.uint8]]) -> Callable[[], None]:
-        return lambda: pwritev_full(fd, buffers, offset)
-
-    def _parts(
-        self, slots: Slots, host_slots: Slots
-    ) -> list[tuple[NDArray[np.int64], tuple[int, list[NDArray[np.uint8]]]]]:
-        nbytes = self.rows.shape[1]
+    def _calls(self, move: Move, slots: Slots, host_slots: Slots) -> list[SlotCall]:
+        nbytes, calls = self.rows.shape[1], []
+        share = max(1, len(slots) * nbytes // (2 * self.num_threads))  # enough for every thread twice
         parts = neighbouring_slots(slots, nbytes, self.num_threads)
-        return [(part, (int(slots[part[0]]) * nbytes, self._buffers(host_slots[part]))) for part in parts]
+        for bundle in _bundles(parts, min(BUNDLE_NBYTES, share) // nbytes):
+            moves = [(self._buffers(host_slots[part]), int(slots[part[0]]) * nbytes) for part in bundle]
+            calls.append(SlotCall(np.concatenate(bundle), _mover(move, moves)))
+        return calls
 
     def _buffers(self, host_slots: Slots) -> list[NDArray[np.uint8]]:
         """The rows of these slots, neighbours joined."""
@@ -65,6 +68,27 @@ class SlotIo:
         firsts = host_slots[[0, *breaks]].tolist()
         lengths = np.diff([0, *breaks, len(host_slots)]).tolist()
         return [self.rows[first : first + n].reshape(-1) for first, n in zip(firsts, lengths, strict=True)]
+
+
+def _mover(move: Move, moves: list[tuple[list[NDArray[np.uint8]], int]]) -> Callable[[], None]:
+    def run() -> None:
+        for buffers, offset in moves:
+            move(buffers, offset)
+
+    return run
+
+
+def _bundles(parts: list[NDArray[np.int64]], num_slots: int) -> list[list[NDArray[np.int64]]]:
+    """Parts in their order, short ones together up to ``num_slots`` slots."""
+    bundles: list[list[NDArray[np.int64]]] = []
+    room = 0
+    for part in parts:
+        if len(part) > room or not bundles:
+            bundles.append([])
+            room = num_slots
+        bundles[-1].append(part)
+        room -= len(part)
+    return bundles
 
 
 def neighbouring_slots(slots: Slots, slot_nbytes: int, num_threads: int) -> list[NDArray[np.int64]]:

@@ -94,7 +94,7 @@ def run(path: Path, scale: Scale) -> Iterator[Row]:
 def _gets(path: Path, slot_nbytes: int, n: int, rounds: int) -> Iterator[Row]:
     contiguous, scattered = _GET_FLOORS[slot_nbytes]
     keys, order = random_keys(n), np.random.default_rng(0).permutation(n)
-    with open_store(slot_nbytes, n // 2, path, disk_blocks=2 * n) as store:
+    with open_store(slot_nbytes, n, path, disk_blocks=2 * n) as store:
         blocks = random_blocks(store.layout, n)
         _put(store, keys, blocks)
         raw = Raw(path / "data", slot_nbytes, n)
