@@ -224,7 +224,7 @@ class DiskVolume:
         self.refresh()
         wanted = void_keys(keys_to_array(keys))
         everything = self.index.load()
-        records = everything.at(np.isin(void_keys(everything.keys), wanted).any(axis=1))
+        records = everything.at(np.flatnonzero(np.isin(void_keys(everything.keys), wanted).any(axis=1)))
         with self._lock:
             loose = self.table.drop(records.slots)
         try:

@@ -1,7 +1,7 @@
 """`kvstore bench`: every tier against the bare hardware, in the same run.
 
 Each figure is the median of ratios over interleaved rounds; what "raw" means stands beside
-it. One file a tier.
+it. One file a tier; `raw` is the bare hardware.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kvstore.errors import ConfigError
 from tools.bench import disk, host, index, process, shared
-from tools.bench.common import Result, Row, Scale
+from tools.bench.common import Result, Row, Scale, ScaleName
 
 BENCHES: dict[str, tuple[Callable[[Path, Scale], Iterator[Row]], ...]] = {
     "host": (host.run, process.run),
@@ -50,4 +50,4 @@ def run(what: str, path: Path | None = None, scale: Scale | None = None) -> Resu
     return Result(what, rows)
 
 
-__all__ = ["BENCHES", "Result", "Row", "Scale", "run"]
+__all__ = ["BENCHES", "Result", "Row", "Scale", "ScaleName", "run"]

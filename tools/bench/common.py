@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import torch
 from rich.table import Table
 
 from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, KVLayout, StoreConfig, TieredStore
-from kvstore.arena import HostArena
 from kvstore.keys import KEY_NBYTES
 from kvstore.slot import FOOTER
 
 SLOT_SIZES: Final = (64 << 10, 368_640, 2 << 20)
+ScaleName = Literal["small", "full"]
 Measure = Callable[[], float]  # runs once; returns GB/s, or another rate
 
 
@@ -33,16 +34,23 @@ class Scale:
         rounds: interleaved rounds, of which the median counts.
     """
 
-    nbytes: int = 256 << 20
+    nbytes: int = 512 << 20
     num_keys: int = 1_000_000
-    rounds: int = 5
+    rounds: int = 7
+
+    @classmethod
+    def named(cls, name: ScaleName, rounds: int | None = None) -> Self:
+        """ "full" is what figures are quoted from, "small" shows in some seconds that all runs."""
+        chosen = {"full": cls(), "small": cls(nbytes=64 << 20, num_keys=20_000, rounds=1)}[name]
+        return chosen if rounds is None else cls(nbytes=chosen.nbytes, num_keys=chosen.num_keys, rounds=rounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One figure: a rate, the bare hardware's in the same rounds, and their ratio.
+    """One figure: a rate, what it is held against in the same rounds, and their ratio.
 
-    ``spread`` is the lowest and the highest ratio of a round.
+    ``spread`` is the lowest and the highest ratio of a round; ``floor`` is what the ratio
+    should be at least.
     """
 
     name: str
@@ -80,23 +88,39 @@ class Result:
         return [table]
 
 
-def compare(
-    name: str, slot_nbytes: int, measures: Mapping[str, Measure], rounds: int, floor: float, raw_is: str
-) -> Row:
-    """Run ``ours`` and ``raw`` in turn, after one round that does not count; medians."""
-    rates: dict[str, list[float]] = {side: [] for side in measures}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """What a row is to say, but for the numbers."""
+
+    name: str
+    slot_nbytes: int
+    floor: float
+    raw_is: str
+    unit: str = "GB/s"
+
+    def row(self, pairs: list[tuple[float, float]]) -> Row:
+        """Medians of (ours, raw), one pair a round; the ratio is the median of ratios."""
+        ratios = [ours / raw for ours, raw in pairs]
+        return Row(
+            name=self.name, slot_nbytes=self.slot_nbytes, unit=self.unit, floor=self.floor, raw_is=self.raw_is,
+            rate=statistics.median(ours for ours, _ in pairs), raw_rate=statistics.median(raw for _, raw in pairs),
+            ratio=statistics.median(ratios), spread=(min(ratios), max(ratios)),
+        )  # fmt: skip
+
+    def compare(self, rounds: int, *, ours: Measure, raw: Measure) -> Row:
+        """Run both in turn, each first in every other round, after one round that does not count."""
+        pairs = interleaved(rounds, {"ours": ours, "raw": raw})
+        return self.row([(rates["ours"], rates["raw"]) for rates in pairs])
+
+
+def interleaved(rounds: int, measures: Mapping[str, Measure]) -> list[dict[str, float]]:
+    """Rates of each round, after one that does not count; the order turns round each time."""
+    found: list[dict[str, float]] = []
+    names = list(measures)
     for round_ in range(rounds + 1):
-        order = list(measures) if round_ % 2 else list(measures)[::-1]
-        for side in order:
-            rate = measures[side]()
-            if round_:
-                rates[side].append(rate)
-    ratios = [ours / raw for ours, raw in zip(rates["ours"], rates["raw"], strict=True)]
-    return Row(
-        name=name, slot_nbytes=slot_nbytes, rate=statistics.median(rates["ours"]),
-        raw_rate=statistics.median(rates["raw"]), unit="GB/s", ratio=statistics.median(ratios),
-        spread=(min(ratios), max(ratios)), floor=floor, raw_is=raw_is,
-    )  # fmt: skip
+        gc.collect()
+        found.append({name: measures[name]() for name in (names if round_ % 2 else names[::-1])})
+    return found[1:]
 
 
 def rate_of(nbytes: int, work: Callable[[], object]) -> float:
@@ -112,16 +136,30 @@ def layout_of(slot_nbytes: int) -> KVLayout:
     return KVLayout(num_layers=1, num_kv_heads=1, head_size=head_size, block_size=1, dtype=torch.uint8)
 
 
-def config_of(slot_nbytes: int, num_blocks: int, disk: Path | None = None, **settings: Any) -> StoreConfig:
-    """Settings of a store with room for ``num_blocks`` in host memory, and as many again on disk."""
-    identity = KVIdentity(model="bench", revision=f"slots of {slot_nbytes}", layout=layout_of(slot_nbytes))
-    if disk is not None:
-        settings.setdefault("disk", DiskTierConfig(path=str(disk), num_blocks=settings.pop("disk_blocks", num_blocks)))
-    return StoreConfig(identity=identity, host=HostTierConfig(num_blocks=num_blocks), **settings)
-
-
 def open_store(slot_nbytes: int, num_blocks: int, disk: Path | None = None, **settings: Any) -> TieredStore:
-    return TieredStore(config_of(slot_nbytes, num_blocks, disk, **settings))
+    """A store with room for ``num_blocks`` in host memory, and on disk, unless ``disk_blocks`` says so, for as many."""
+    identity = KVIdentity(model="bench", revision=f"slots of {slot_nbytes}", layout=layout_of(slot_nbytes))
+    disk_blocks = settings.pop("disk_blocks", num_blocks)
+    if disk is not None:
+        settings["disk"] = DiskTierConfig(path=str(disk), num_blocks=disk_blocks)
+    return TieredStore(StoreConfig(identity=identity, host=HostTierConfig(num_blocks=num_blocks), **settings))
+
+
+def forget_host(store: TieredStore) -> None:
+    """Empty the host tier and leave the lower ones as they are, so that the next get reads from them."""
+    store._manager.reset()
+    store._lower_epoch = store._manager.epoch
+
+
+def put_durably(store: TieredStore, keys: list[BlockKey], blocks: torch.Tensor) -> None:
+    expect(store.put(keys, blocks), len(keys))
+    if not store.flush(120):
+        raise RuntimeError("not every block was stored: the figure would mean nothing")
+
+
+def expect(got: int, wanted: int) -> None:
+    if got != wanted:
+        raise RuntimeError(f"{wanted - got} of {wanted} blocks were missing: the figure would mean nothing")
 
 
 def random_keys(n: int) -> list[BlockKey]:
@@ -130,13 +168,8 @@ def random_keys(n: int) -> list[BlockKey]:
 
 
 def random_blocks(layout: KVLayout, n: int) -> torch.Tensor:
-    """n blocks of bytes that do not compress, in memory that is there already."""
-    data = np.frombuffer(np.random.default_rng(0).bytes(layout.block_nbytes), dtype=np.uint8)
+    """n blocks of bytes that do not compress, each its own memory, which is there already."""
+    data = np.random.default_rng(0).integers(0, 256, layout.block_nbytes, dtype=np.uint8)
     blocks = torch.empty((n, *layout.block_shape), dtype=layout.dtype)
-    blocks.view(n, -1)[:] = torch.from_numpy(data.copy())
+    blocks.view(n, -1)[:] = torch.from_numpy(data)
     return blocks
-
-
-def warm_rows(n: int, nbytes: int) -> np.ndarray:
-    """A buffer of n rows in memory like a store's own, its pages there already."""
-    return HostArena(n, nbytes).rows

@@ -12,99 +12,107 @@ import torch
 from kvstore import BlockKey, TieredStore
 from tools.bench.common import (
     SLOT_SIZES,
+    Figure,
+    Measure,
     Row,
     Scale,
-    compare,
+    expect,
     open_store,
     random_blocks,
     random_keys,
     rate_of,
-    warm_rows,
 )
+from tools.bench.raw import RawMemory
 
-_BATCH_NBYTES: Final = 64 << 20
-_MIN_BATCH, _MAX_BATCH = 16, 256  # blocks a call: a prompt of some thousand tokens
-_RAW: Final = "one thread's memcpy, same blocks"
+_MIN_BATCH: Final = 16
+_BATCH_NBYTES: Final = 8 << 20
+_RAW: Final = "memcpy, one thread, idle, same batches, contiguous"
 
 
 def run(path: Path, scale: Scale) -> Iterator[Row]:
     for slot_nbytes in SLOT_SIZES:
-        n = scale.nbytes // slot_nbytes
-        with open_store(slot_nbytes, n) as store:
-            yield from _bare(store, slot_nbytes, n, scale.rounds)
-        yield _beside_write_behind(path, slot_nbytes, n, scale.rounds)
+        n = scale.nbytes // slot_nbytes // 2 * 2
+        for batch in sorted({_MIN_BATCH, max(_MIN_BATCH, _BATCH_NBYTES // slot_nbytes)}):
+            with open_store(slot_nbytes, n) as store:
+                yield from _Bench(store, batch, scale.rounds).bare()
+        for io in ("thread", "process"):
+            folder = path / f"host-{slot_nbytes}-{io}"
+            with open_store(slot_nbytes, 2 * n, folder, disk_blocks=2 * n, io=io) as store:
+                yield from _Bench(store, batch, scale.rounds).beside_write_behind(n // 2, io)
 
 
-def _bare(store: TieredStore, slot_nbytes: int, n: int, rounds: int) -> Iterator[Row]:
-    blocks, out = random_blocks(store.layout, n), random_blocks(store.layout, n)
-    copy = _memcpy(blocks, slot_nbytes)
-    keys = random_keys(n)
-    rng = np.random.default_rng(0)
+class _Bench:
+    """One store, one size of batches."""
 
-    def put(purged: list[BlockKey], fresh: list[BlockKey]) -> float:
-        store.purge(purged)
-        return _batched(store, "put", fresh, blocks)
+    def __init__(self, store: TieredStore, batch: int, rounds: int) -> None:
+        self._store, self._batch, self._rounds = store, batch, rounds
+        self._slot_nbytes = store._codec.fmt.slot_nbytes
 
-    def renew() -> float:
-        nonlocal keys
-        gone, keys = keys, random_keys(n)
-        return put(gone, keys)
+    def bare(self) -> Iterator[Row]:
+        """Nothing below host memory."""
+        store, n = self._store, self._store.config.host.num_blocks
+        blocks, out = random_blocks(store.layout, n), random_blocks(store.layout, n)
+        raw = RawMemory(self._slot_nbytes, n, self._batch)
+        keys = random_keys(n)
+        self._put(keys, blocks)
+        mixed = [keys[i] for i in np.random.default_rng(0).permutation(n)]
+        yield self._row("get, contiguous slots", 1.0, lambda: self._get(keys, out), raw.out_to(out))
+        yield self._row("get, scattered slots", 0.9, lambda: self._get(mixed, out), raw.out_to(out))
 
-    yield compare("put, contiguous slots", slot_nbytes, {"ours": renew, "raw": copy}, rounds, 1.0, _RAW)
-    get = {"ours": lambda: _batched(store, "get", keys, out), "raw": copy}
-    yield compare("get, contiguous slots", slot_nbytes, get, rounds, 1.0, _RAW)
-    mixed = [keys[i] for i in rng.permutation(n)]
-    get = {"ours": lambda: _batched(store, "get", mixed, out), "raw": copy}
-    yield compare("get, scattered slots", slot_nbytes, get, rounds, 0.9, _RAW)
+        def renew(at: slice) -> float:
+            store.purge(keys[at])
+            keys[at] = random_keys(len(keys[at]))
+            return self._put(keys[at], blocks)
 
-    def renew_half() -> float:
-        gone = [keys[i] for i in range(0, n, 2)]
-        fresh = random_keys(len(gone))
-        keys[::2] = fresh
-        return put(gone, fresh)
+        half = blocks[: n // 2]
+        yield self._row("put, contiguous slots", 1.0, lambda: renew(slice(None)), raw.into(blocks))
+        yield self._row("put, scattered slots", 0.9, lambda: renew(slice(0, None, 2)), raw.into(half))
+        raw.close()
 
-    half = _memcpy(blocks[: (n + 1) // 2], slot_nbytes)
-    yield compare("put, scattered slots", slot_nbytes, {"ours": renew_half, "raw": half}, rounds, 0.9, _RAW)
-
-
-def _beside_write_behind(path: Path, slot_nbytes: int, n: int, rounds: int) -> Row:
-    with open_store(slot_nbytes, 2 * n, path / f"host-{slot_nbytes}", disk_blocks=2 * n, io="process") as store:
+    def beside_write_behind(self, n: int, io: str) -> Iterator[Row]:
+        """n blocks are being written while other n are put, or read back."""
+        store = self._store
         blocks = random_blocks(store.layout, n)
+        other, out = blocks.clone(), blocks.clone()
+        raw = RawMemory(self._slot_nbytes, n, self._batch)
 
         def put() -> float:
-            store.put(random_keys(n // 2), blocks[: n // 2])  # being written while the rest is put
-            rate = _batched(store, "put", random_keys(n // 2), blocks[n // 2 : n // 2 * 2])
-            store.flush(60)
+            expect(store.put(random_keys(n), other), n)
+            rate = self._put(random_keys(n), blocks)
+            store.flush(120)
             return rate
 
-        copy = _memcpy(blocks[: n // 2], slot_nbytes)
-        return compare("put, write-behind running", slot_nbytes, {"ours": put, "raw": copy}, rounds, 0.6, _RAW)
+        def get() -> float:
+            known = random_keys(n)
+            self._put(known, blocks)
+            store.flush(120)
+            expect(store.put(random_keys(n), other), n)
+            rate = self._get(known, out)
+            store.flush(120)
+            return rate
 
+        where = f"write-behind running (io={io})"
+        yield self._row(f"put, {where}", 0.6, put, raw.into(blocks))
+        yield self._row(f"get, {where}", 0.6, get, raw.out_to(out))
+        raw.close()
 
-def _batch(slot_nbytes: int) -> int:
-    return min(_MAX_BATCH, max(_MIN_BATCH, _BATCH_NBYTES // slot_nbytes))
+    def _row(self, name: str, floor: float, ours: Measure, raw: Measure) -> Row:
+        name = f"{name}, batches of {self._batch}"
+        figure = Figure(name=name, slot_nbytes=self._slot_nbytes, floor=floor, raw_is=_RAW)
+        return figure.compare(self._rounds, ours=ours, raw=raw)
 
+    def _put(self, keys: list[BlockKey], blocks: torch.Tensor) -> float:
+        return self._batched(self._store.put, keys, blocks)
 
-def _batched(store: TieredStore, verb: str, keys: list[BlockKey], blocks: torch.Tensor) -> float:
-    step = _batch(store.layout.block_nbytes)
-    call = store.put if verb == "put" else store.get
+    def _get(self, keys: list[BlockKey], out: torch.Tensor) -> float:
+        return self._batched(self._store.get, keys, out)
 
-    def work() -> None:
-        for i in range(0, len(keys), step):
-            part = keys[i : i + step]
-            if call(part, blocks[i : i + len(part)]) != len(part):
-                raise RuntimeError(f"{verb} did not take every block: the figure would mean nothing")
-
-    return rate_of(len(keys) * store.layout.block_nbytes, work)
-
-
-def _memcpy(blocks: torch.Tensor, slot_nbytes: int):  # type: ignore[no-untyped-def]
-    source = blocks.numpy().reshape(len(blocks), -1)
-    target = warm_rows(len(blocks), slot_nbytes)[:, : source.shape[1]]
-    step = _batch(slot_nbytes)
-
-    def work() -> None:
-        for i in range(0, len(source), step):
-            np.copyto(target[i : i + step], source[i : i + step])
-
-    return lambda: rate_of(source.nbytes, work)
+    def _batched(self, call, keys: list[BlockKey], blocks: torch.Tensor) -> float:  # type: ignore[no-untyped-def]
+        step = self._batch
+        pieces = [(keys[i : i + step], blocks[i : min(i + step, len(keys))]) for i in range(0, len(keys), step)]
+        done: list[int] = []
+        rate = rate_of(
+            len(keys) * self._store.layout.block_nbytes, lambda: done.extend(call(part, out) for part, out in pieces)
+        )
+        expect(sum(done), len(keys))
+        return rate

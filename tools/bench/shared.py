@@ -4,94 +4,93 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 
 from kvstore import SharedTierConfig
-from kvstore.direct_io import open_direct, preadv_full, pwritev_full
-from kvstore.jobs import IoPool
-from tools.bench.common import Row, Scale, compare, open_store, random_blocks, random_keys, rate_of, warm_rows
+from kvstore.arena import HostArena
+from kvstore.direct_io import open_direct
+from tools.bench.common import (
+    Figure,
+    Row,
+    Scale,
+    expect,
+    forget_host,
+    open_store,
+    put_durably,
+    random_blocks,
+    random_keys,
+    rate_of,
+)
+from tools.bench.raw import THREADS, RawThreads
 
 _SLOT_NBYTES: Final = 2 << 20
 _HEADER_NBYTES: Final = 4096
-_THREADS: Final = 8
-_FAR_S: Final = 3600.0
+_RAW: Final = f"whole files of the same size, O_DIRECT, {THREADS} threads"
 
 
 def run(path: Path, scale: Scale) -> Iterator[Row]:
     n, rounds = scale.nbytes // _SLOT_NBYTES, scale.rounds
-    shared = SharedTierConfig(path=str(path / "shared"), capacity_nbytes=64 * scale.nbytes, num_threads=_THREADS)
-    raw = path / "raw"
-    pool = IoPool("bench", _THREADS)
-    rows = warm_rows(n, _SLOT_NBYTES + _HEADER_NBYTES)
+    shared = SharedTierConfig(path=str(path / "shared"), capacity_nbytes=64 * scale.nbytes, num_threads=THREADS)
+    raw = _RawFiles(path / "raw", n)
     with open_store(_SLOT_NBYTES, n, shared=shared) as store:
         blocks, keys = random_blocks(store.layout, n), random_keys(n)
         out = torch.empty_like(blocks).fill_(1)
-
-        def store_all() -> None:
-            _expect(store.put(keys, blocks), n)
-            store.flush(120)
 
         def put() -> float:
             nonlocal keys
             store.purge(keys)
             keys = random_keys(n)
-            return rate_of(blocks.nbytes, store_all)
+            return rate_of(blocks.nbytes, lambda: put_durably(store, keys, blocks))
 
         def get() -> float:
-            store._manager.reset()  # nothing is served from host memory
-            store._lower_epoch = store._manager.epoch
-            return rate_of(blocks.nbytes, lambda: _expect(store.get(keys, out), n))
+            forget_host(store)
+            return rate_of(blocks.nbytes, lambda: expect(store.get(keys, out), n))
 
-        def write_all() -> float:
-            shutil.rmtree(raw, ignore_errors=True)
-            raw.mkdir()
-            return rate_of(
-                blocks.nbytes, lambda: _run(pool, [_writer(raw / str(i), row) for i, row in enumerate(rows)])
-            )
-
-        def read_all() -> float:
-            return rate_of(
-                blocks.nbytes, lambda: _run(pool, [_reader(raw / str(i), row) for i, row in enumerate(rows)])
-            )
-
-        is_raw = "whole files, O_DIRECT, same threads"
-        yield compare(
-            "put, durable", _SLOT_NBYTES, {"ours": put, "raw": write_all}, rounds, 0.8, f"{is_raw}, fdatasync"
-        )
-        yield compare("get", _SLOT_NBYTES, {"ours": get, "raw": read_all}, rounds, 0.85, is_raw)
-    pool.close(_FAR_S)
+        figure = Figure(name="put, durable", slot_nbytes=_SLOT_NBYTES, floor=0.8, raw_is=f"{_RAW}, fdatasync")
+        yield figure.compare(rounds, ours=put, raw=raw.write)
+        figure = Figure(name="get", slot_nbytes=_SLOT_NBYTES, floor=0.85, raw_is=_RAW)
+        yield figure.compare(rounds, ours=get, raw=raw.read)
+    raw.close()
 
 
-def _expect(got: int, n: int) -> None:
-    if got != n:
-        raise RuntimeError(f"{n - got} blocks were missing: the figure would mean nothing")
+class _RawFiles:
+    """n files, each of a header's and a slot's size, and a buffer for each."""
+
+    def __init__(self, folder: Path, n: int) -> None:
+        self._folder, self._threads = folder, RawThreads()
+        self._arena = HostArena(n, _SLOT_NBYTES + _HEADER_NBYTES)
+
+    def write(self) -> float:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
+        return self._run(_write)
+
+    def read(self) -> float:
+        return self._run(_read)
+
+    def close(self) -> None:
+        self._threads.close()
+        self._arena.close()
+
+    def _run(self, call: Callable[[Path, np.ndarray], None]) -> float:
+        rows = self._arena.rows
+        calls = [lambda i=i, row=row: call(self._folder / str(i), row) for i, row in enumerate(rows)]
+        return rate_of(len(rows) * _SLOT_NBYTES, lambda: self._threads.run(calls))
 
 
-def _run(pool: IoPool, operations: list[Callable[[], None]]) -> None:
-    for error in pool.run_all(operations, time.monotonic() + _FAR_S):
-        if error is not None:
-            raise error
+def _write(path: Path, row: np.ndarray) -> None:
+    fd = open_direct(path, os.O_WRONLY | os.O_CREAT)
+    os.pwritev(fd, [row.data], 0)
+    os.fdatasync(fd)
+    os.close(fd)
 
 
-def _writer(path: Path, row):  # type: ignore[no-untyped-def]
-    def write() -> None:
-        fd = open_direct(path, os.O_WRONLY | os.O_CREAT)
-        pwritev_full(fd, [row], 0)
-        os.fdatasync(fd)
-        os.close(fd)
-
-    return write
-
-
-def _reader(path: Path, row):  # type: ignore[no-untyped-def]
-    def read() -> None:
-        fd = open_direct(path, os.O_RDONLY)
-        preadv_full(fd, [row], 0)
-        os.close(fd)
-
-    return read
+def _read(path: Path, row: np.ndarray) -> None:
+    fd = open_direct(path, os.O_RDONLY)
+    os.preadv(fd, [row.data], 0)
+    os.close(fd)
