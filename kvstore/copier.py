@@ -82,7 +82,10 @@ class Copier:
         """Copy whole slots' payloads; long runs of neighbours in one call."""
         breaks = np.flatnonzero(np.diff(slots) != 1) + 1
         if (len(breaks) + 1) * _LONG_RUN > len(slots):
-            self._copy_each(slots, blocks, to_slots=to_slots)
+            if to_slots:
+                self._payload[slots] = blocks
+            else:
+                self._copy_each(slots, blocks)
             return
         starts, ends = [0, *breaks.tolist()], [*breaks.tolist(), len(slots)]
         for start, end, first in zip(starts, ends, slots[starts].tolist(), strict=True):
@@ -90,13 +93,12 @@ class Copier:
             target, source = (rows, blocks[start:end]) if to_slots else (blocks[start:end], rows)
             np.copyto(target, source)
 
-    def _copy_each(self, slots: Slots, blocks: NDArray[np.uint8], *, to_slots: bool) -> None:
-        """Copy slot by slot: memmove needs no array views, and lets go of the interpreter lock."""
+    def _copy_each(self, slots: Slots, blocks: NDArray[np.uint8]) -> None:
+        """Load slot by slot: numpy would gather them in memory of its own first, and memmove needs no views."""
         nbytes = blocks.shape[1]
-        row = self._payload.ctypes.data + slots * self._payload.strides[0]
-        block = blocks.ctypes.data + np.arange(len(slots)) * nbytes
-        targets, sources = (row, block) if to_slots else (block, row)
-        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+        sources = (self._payload.ctypes.data + slots * self._payload.strides[0]).tolist()
+        first = blocks.ctypes.data
+        for target, source in zip(range(first, first + blocks.nbytes, nbytes), sources, strict=True):
             ctypes.memmove(target, source, nbytes)
 
     def _copy_cuda(self, slots: Slots, blocks: torch.Tensor, *, to_slots: bool) -> None:

@@ -46,6 +46,7 @@ class TierManager:
     def __init__(self, num_slots: int, blocks_per_chunk: int, eviction_policy: str) -> None:
         self.num_slots, self.blocks_per_chunk = num_slots, blocks_per_chunk
         self.epoch = 0
+        self.num_published = 0  # calls; while it stays the same, what was absent still is
         self._table = SlotTable(num_slots, blocks_per_chunk, eviction_policy)
         self._room = threading.Condition()
 
@@ -62,10 +63,10 @@ class TierManager:
         """Pin the leading blocks that are present, and note their use."""
         with self._room:
             locations = self._table.find_prefix(keys)
-            slots = locations // self.blocks_per_chunk
+            slots, positions = np.divmod(locations, self.blocks_per_chunk)
             self._table.touch(self._table.slots_of(locations))
             self._table.pin(slots)
-            return LoadLease(slots, locations % self.blocks_per_chunk, self.epoch)
+            return LoadLease(slots, positions, self.epoch)
 
     def release(self, lease: LoadLease) -> None:
         """End a lease; its slots may be evicted."""
@@ -82,27 +83,35 @@ class TierManager:
         Waits until the deadline for the first; returns up to n, none at the deadline.
         """
         with self._room:
-            self._room.wait_for(self._has_room, max(0.0, deadline - time.monotonic()))
-            short = n - self._table.allocator.num_free
-            if short > 0:
-                self._table.release(self._table.evict(short))
+            while self._make_room(n) == 0:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not self._room.wait(left_s):
+                    break
             return self._table.allocate(n)
 
-    def publish(self, slots: Slots, keys: KeyArray, epoch: int, *, pins: int) -> NDArray[np.bool_]:
+    def publish(
+        self, slots: Slots, keys: KeyArray, epoch: int, *, pins: int, absent_as_of: int | None = None
+    ) -> NDArray[np.bool_]:
         """Make filled slots ready, prefix first, each pinned ``pins`` times.
 
+        Args:
+            absent_as_of: all keys were seen to be absent, after `num_published` was read as this.
         Returns:
             Shape (n,): False where the chunk was there already or its epoch has passed; that
             slot is free again.
         """
         with self._room:
             kept = np.full(len(slots), epoch == self.epoch)
-            if kept.any():
-                kept &= ~self._table.index.contains_chunks(keys)
-            self._table.publish(slots[kept], keys[kept])
+            are_new = absent_as_of == self.num_published
+            self.num_published += 1
+            if epoch == self.epoch and not are_new:
+                kept = ~self._table.index.contains_chunks(keys)
+            if not kept.all():
+                self._free(slots[~kept])
+                slots, keys = slots[kept], keys[kept]
+            self._table.publish(slots, keys, are_new=are_new)
             for _ in range(pins):
-                self._table.pin(slots[kept])
-            self._free(slots[~kept])
+                self._table.pin(slots)
             return kept
 
     def give_back(self, slots: Slots) -> None:
@@ -136,9 +145,12 @@ class TierManager:
         with self._room:
             return self._table.num_ready, self._table.num_pinned, self._table.evicted_slots
 
-    def _has_room(self) -> bool:
-        table = self._table
-        return table.allocator.num_free > 0 or table.num_evictable > 0
+    def _make_room(self, n: int) -> int:
+        """Evict where fewer than n slots are free; returns how many are."""
+        allocator = self._table.allocator
+        if allocator.num_free < n:
+            self._table.release(self._table.evict(n - allocator.num_free))
+        return allocator.num_free
 
     def _free(self, slots: Slots) -> None:
         if len(slots):

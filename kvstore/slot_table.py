@@ -46,10 +46,6 @@ class SlotTable:
         return int(np.count_nonzero(self._pinned))
 
     @property
-    def num_evictable(self) -> int:
-        return int(np.count_nonzero(self._ready & ~self._pinned))
-
-    @property
     def nbytes(self) -> int:
         """Memory of the table without the policy's."""
         return self.index.nbytes + self._pins.nbytes + self._pinned.nbytes + self._ready.nbytes + self._limbo.nbytes
@@ -88,14 +84,17 @@ class SlotTable:
         self.evicted_slots += len(slots)
         return slots
 
-    def publish(self, slots: Slots, keys: KeyArray, findable: NDArray[np.bool_] | None = None) -> None:
+    def publish(
+        self, slots: Slots, keys: KeyArray, findable: NDArray[np.bool_] | None = None, *, are_new: bool = False
+    ) -> None:
         """Make taken slots ready, prefix first.
 
         Args:
             findable: shape (n,); where False, the slot is only kept track of and evicted.
+            are_new: no key is in yet, which the caller knows; spares looking.
         """
         if findable is None or findable.all():
-            self.index.insert(slots, keys)
+            self.index.insert(slots, keys, are_new=are_new)
         else:
             self.index.insert(slots[findable], keys[findable])
         self._ready[slots] = True
@@ -132,7 +131,10 @@ class SlotTable:
         np.subtract.at(self._pins, slots, 1)
         loose = slots[self._pins[slots] == 0]
         self._pinned[loose] = False
-        freed = np.unique(loose[self._limbo[loose]])
+        freed: Slots = loose[self._limbo[loose]]
+        if not len(freed):
+            return freed
+        freed = np.unique(freed)
         self._limbo[freed] = False
         return freed
 

@@ -33,7 +33,7 @@ from kvstore.keys import BlockKey, keys_to_array
 from kvstore.manager import TierManager
 from kvstore.policy import make_policy
 from kvstore.promotion import Promotion
-from kvstore.slot import KeyArray, SlotCodec, SlotFormat, Slots, read_integrity_key
+from kvstore.slot import SlotCodec, SlotFormat, Slots, read_integrity_key
 from kvstore.tiers.base import TierStats
 from kvstore.tiers.device import DeviceTier
 
@@ -112,19 +112,21 @@ class TieredStore:
         deadline = time.monotonic() + self.config.put_timeout_s
         per_chunk = self.blocks_per_chunk
         wanted = keys[first_block : first_block + len(blocks)]
+        absent_as_of = self._manager.num_published
         is_present = self._manager.contains(wanted)
-        present = int(np.argmin(np.append(is_present, False)))
+        present = len(wanted) if is_present.all() else int(is_present.argmin())
         start = max(0, present - (first_block + present) % per_chunk)  # cut chunks where others cut them
         end = start + (len(blocks) - start) // per_chunk * per_chunk
         step = max(1, _PIECE_NBYTES // self._codec.fmt.slot_nbytes) * per_chunk
         taken = start
         while present < len(wanted) and taken < end:
             part = slice(taken, min(taken + step, end))
-            done = self._put_chunks(wanted[part], blocks[part], is_present[part], deadline)
+            done = self._put_chunks(wanted[part], blocks[part], is_present[part], absent_as_of, deadline)
             taken += done
             if taken < part.stop:
                 break
-        self._count(dropped_blocks=end - taken if present < len(wanted) else 0)
+        if present < len(wanted) and taken < end:
+            self._count(dropped_blocks=end - taken)
         taken = max(taken, present)
         if first_block or is_present.any() or taken > step:  # else it was taken in as one, head first
             self._manager.touch(keys[: first_block + taken])
@@ -250,15 +252,26 @@ class TieredStore:
     # -- inside
 
     @property
+    def _num_pins(self) -> int:
+        """Pins of a chunk that was put: write-behind's."""
+        return 0 if self._io is None else 1
+
+    @property
     def _arena_nbytes(self) -> int:
         return self._manager.num_slots * self._codec.fmt.slot_nbytes
 
     def _put_chunks(
-        self, keys: Sequence[BlockKey], blocks: torch.Tensor, is_present: NDArray[np.bool_], deadline: float
+        self,
+        keys: Sequence[BlockKey],
+        blocks: torch.Tensor,
+        is_present: NDArray[np.bool_],
+        absent_as_of: int,
+        deadline: float,
     ) -> int:
         """Store whole chunks; returns how many blocks were taken."""
         per_chunk, done, total = self.blocks_per_chunk, 0, len(keys) // self.blocks_per_chunk
         all_keys = keys_to_array(keys).reshape(total, per_chunk, -1)
+        known_absent = None if is_present.any() else absent_as_of
         todo = np.flatnonzero(~is_present.reshape(total, per_chunk).all(axis=1))
         while done < len(todo):
             with self._lock:
@@ -268,14 +281,17 @@ class TieredStore:
                 return int(todo[done]) * per_chunk
             part = todo[done : done + len(slots)]
             self._fill(part, slots, blocks)
-            self._store(slots, all_keys[part], epoch, namespace)
+            kept = self._manager.publish(slots, all_keys[part], epoch, pins=self._num_pins, absent_as_of=known_absent)
+            if self._io is not None and kept.any():
+                self._io.store(slots[kept], all_keys[part][kept], namespace, self._manager.unpin)
             done += len(slots)
         return total * per_chunk
 
     def _fill(self, chunks: np.ndarray, slots: Slots, blocks: torch.Tensor) -> None:
         start = time.monotonic()
         per_chunk = self.blocks_per_chunk
-        breaks = [0, *(np.flatnonzero(np.diff(chunks) != 1) + 1).tolist(), len(chunks)]
+        is_run = int(chunks[-1] - chunks[0]) == len(chunks) - 1
+        breaks = [0, *([] if is_run else (np.flatnonzero(np.diff(chunks) != 1) + 1).tolist()), len(chunks)]
         try:
             for low, high in zip(breaks[:-1], breaks[1:], strict=True):
                 first = int(chunks[low]) * per_chunk
@@ -285,11 +301,6 @@ class TieredStore:
             raise
         nbytes = len(slots) * self._codec.fmt.payload_nbytes
         self._count(written_nbytes=nbytes, write_s=time.monotonic() - start)
-
-    def _store(self, slots: Slots, keys: KeyArray, epoch: int, namespace: bytes) -> None:
-        kept = self._manager.publish(slots, keys, epoch, pins=0 if self._io is None else 1)
-        if self._io is not None and kept.any():
-            self._io.store(slots[kept], keys[kept], namespace, self._manager.unpin)
 
     def _get_from_below(self, keys: Sequence[BlockKey], out: torch.Tensor, deadline: float) -> int:
         """Load leading blocks from host memory, else from the lower tiers; the device keeps them."""

@@ -23,8 +23,7 @@ class Row:
 
     Attributes:
         model, revision, dtype, block_size: None where the directory's description is damaged.
-        state: "served"; "old epoch": only stores that wrote it since their reset find it;
-            "retired": waits to be overwritten.
+        state: "served"; "old epoch": only stores that wrote it since their reset find it.
         oldest_s, newest_s: since chunks were stored (disk) or last used, to the hour (shared).
     """
 
@@ -110,7 +109,7 @@ def _row(space: Space) -> Row:
         revision=str(fmt.content.get("revision")) if fmt else None,
         dtype=str(fmt.content.get("dtype")) if fmt else None,
         block_size=fmt.layout.block_size if fmt else None,
-        state="retired" if space.is_dead else "served" if is_initial else "old epoch",
+        state="served" if is_initial else "old epoch",
     )
 
 

@@ -76,14 +76,12 @@ class Space:
 
     Attributes:
         fmt: None where the directory's description is missing or damaged.
-        is_dead: no store will ever serve them again; they only wait to be overwritten.
     """
 
     tier: str
     path: Path
     namespace: bytes
     fmt: StoredFormat | None
-    is_dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

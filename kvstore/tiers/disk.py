@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,16 +25,17 @@ from kvstore.jobs import IoPool, NothingRead, ReadJob
 from kvstore.keys import BlockKey
 from kvstore.slot import Rows, SlotCodec, SlotFormat, Slots
 from kvstore.tiers.base import FoundChunk, LowerTier, SealedChunks, TierStats
-from kvstore.tiers.disk_index import Records
+from kvstore.tiers.disk_index import FIXED_NBYTES, NBYTES_PER_KEY, Records
+from kvstore.tiers.disk_keeper import STORAGE_ERRORS, Purge, VolumeKeeper
 from kvstore.tiers.disk_read import DiskReadJob, Wanted
 from kvstore.tiers.disk_volume import DiskVolume, VolumeConfig
-from kvstore.tiers.health import TierHealth
 from kvstore.tiers.slot_io import SlotIo
 
 logger = logging.getLogger(__name__)
 
-_INDEX_NBYTES_PER_KEY: Final = 512
+_OVERHEAD_NBYTES: Final = 128 << 10  # LMDB's lock file, store.json, folders
 _CLOSE_TIMEOUT_S: Final = 10.0
+_DELETE_TIMEOUT_S: Final = 10.0
 _NO_DEADLINE_S: Final = 3600.0
 
 
@@ -48,8 +48,9 @@ def num_disk_slots(config: DiskTierConfig, fmt: SlotFormat) -> int:
     if config.num_blocks is not None:
         return config.num_blocks // fmt.blocks_per_chunk
     assert config.capacity_nbytes is not None
-    usable = config.capacity_nbytes - min(1 << 20, config.capacity_nbytes // 64)
-    num_slots = usable // (fmt.slot_nbytes + _INDEX_NBYTES_PER_KEY * fmt.blocks_per_chunk)
+    shares = min(_OVERHEAD_NBYTES + FIXED_NBYTES, config.capacity_nbytes // 16)
+    per_slot = fmt.slot_nbytes + NBYTES_PER_KEY * fmt.blocks_per_chunk
+    num_slots = (config.capacity_nbytes - shares) // per_slot
     if num_slots < 1:
         raise ConfigError(
             f"disk.capacity_nbytes: {config.capacity_nbytes} has no room for one chunk of {fmt.slot_nbytes} bytes; "
@@ -75,32 +76,20 @@ class DiskTier(LowerTier):
         self.config = config
         self._io = SlotIo(rows, config.num_threads)
         self._codec = codec
-        self._namespace = namespace
         self._volume_config = VolumeConfig(config, identity, codec, num_disk_slots(config, codec.fmt))
-        self._pool = IoPool("kvstore-disk", config.num_threads)
-        self._health = TierHealth(f"disk tier {config.path}")
-        self._write_lock = threading.RLock()  # held by who writes, or opens again
-        self._retired: list[DiskVolume] = []  # given up while reads of them were in flight
         self._stats = TierStats(name=self.name)
         self._stats_lock = threading.Lock()
-        self._closed = False
-        self._volume: DiskVolume | None = None
-        try:
-            self._volume = DiskVolume(self._volume_config, namespace)
-        except ConfigError:
-            self._pool.close(_CLOSE_TIMEOUT_S)
-            raise
-        except (OSError, lmdb.Error) as e:
-            self._health.fail(e)
+        self._keeper = VolumeKeeper(self._volume_config, namespace)
+        self._pool = IoPool("kvstore-disk", config.num_threads)
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> list[FoundChunk]:
-        volume = self._usable()
+        volume = self._keeper.usable()
         if volume is None or not keys:
             return []
         try:
-            locations, generations = volume.find(keys)
-        except (OSError, lmdb.Error) as e:
-            self._fail(volume, e)
+            locations, generations = volume.view.find(keys)
+        except STORAGE_ERRORS as e:
+            self._keeper.fail(volume, e)
             return []
         self._count(miss_blocks=len(keys) - len(locations))
         slots = locations // self._codec.fmt.blocks_per_chunk
@@ -114,7 +103,7 @@ class DiskTier(LowerTier):
         ]
 
     def read(self, chunks: Sequence[FoundChunk], host_slots: Slots, deadline: float) -> ReadJob:
-        volume = self._usable()
+        volume = self._keeper.usable()
         if volume is None:
             return NothingRead(len(chunks))
         wanted = Wanted(
@@ -126,83 +115,53 @@ class DiskTier(LowerTier):
         return DiskReadJob(self, volume, self._io, self._pool, wanted, deadline)
 
     def write(self, chunks: SealedChunks) -> NDArray[np.bool_]:
-        stored = np.zeros(len(chunks.host_slots), dtype=np.bool_)
-        with self._write_lock:
-            volume = self._usable(intact=True)
-            if volume is None or not len(stored):
-                return stored
-            start = time.monotonic()
-            try:
-                self._write(volume, chunks, stored)
-            except (OSError, lmdb.Error) as e:
-                self._count(failed_chunks=int(np.count_nonzero(~stored)))
-                self._fail(volume, e)
-            self._count(write_s=time.monotonic() - start)
+        """Chunks of a namespace that a reset has ended are through, and not stored."""
+        stored = np.full(len(chunks.host_slots), chunks.namespace != self._keeper.namespace)
+        if stored.all():
+            return stored
+        start = time.monotonic()
+        self._keeper.write(lambda volume: self._write(volume, chunks, stored))
+        self._count(write_s=time.monotonic() - start)
         return stored
 
     def flush(self, deadline: float) -> bool:
-        if not self._write_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return False
-        try:
-            volume = self._usable(intact=True)
-            if volume is None:
-                return False
+        def sync(volume: DiskVolume) -> bool:
             os.fdatasync(volume.directory.data_fd)
             volume.sync()
-        except (OSError, lmdb.Error) as e:
-            self._fail(volume, e)
-            return False
-        finally:
-            self._write_lock.release()
-        return True
+            return True
+
+        return self._keeper.write_by(deadline, sync) is True
 
     def set_namespace(self, namespace: bytes) -> None:
-        self._namespace = namespace
-        volume = self._usable()
-        if volume is None:
-            return
-        try:
-            volume.set_namespace(namespace)
-        except (OSError, lmdb.Error) as e:  # hidden or not, this volume is of the old namespace
-            self._fail(volume, e)
+        self._keeper.set_namespace(namespace)
+        self._keeper.write_by(time.monotonic() + _DELETE_TIMEOUT_S, lambda volume: None)
 
     def purge(self, keys: Sequence[BlockKey]) -> int:
-        with self._write_lock:
-            volume = self._usable(intact=True)
-            if volume is None or not keys:
-                return 0
-            try:
-                return volume.purge(keys)
-            except (OSError, lmdb.Error) as e:
-                self._fail(volume, e)
-                return 0
+        """Where the storage is away, the keys are deleted there before it is used again."""
+        if not keys:
+            return 0
+        purge = Purge(list(keys))
+        self._keeper.owe(purge)
+        self._keeper.write_by(time.monotonic() + _DELETE_TIMEOUT_S, lambda volume: None)
+        return purge.num_deleted
 
     def stats(self) -> TierStats:
-        fmt, volume = self._codec.fmt, self._volume
+        fmt, volume, num_slots = self._codec.fmt, self._keeper.volume, self._volume_config.num_slots
         with self._stats_lock:
-            stats = self._stats
-            stats.state = "on" if self._health.on else "off"
-            num_slots = volume.header.num_slots if volume else self._volume_config.num_slots
-            used = volume.table.num_ready if volume else 0
-            stats.capacity_blocks, stats.used_blocks = num_slots * fmt.blocks_per_chunk, used * fmt.blocks_per_chunk
-            stats.capacity_nbytes, stats.used_nbytes = num_slots * fmt.slot_nbytes, used * fmt.slot_nbytes
-            stats.pinned_blocks = volume.table.num_pinned * fmt.blocks_per_chunk if volume else 0
-            stats.evicted_blocks = volume.table.evicted_slots * fmt.blocks_per_chunk if volume else 0
-            if stats.state == "off":
-                stats.problem = str(self._health.last_error)
-            return replace(stats, misses_by_reason=dict(stats.misses_by_reason))
+            stats = replace(self._stats, misses_by_reason=dict(self._stats.misses_by_reason))
+        stats.state = "on" if self._keeper.health.on else "off"
+        stats.problem = "" if stats.state == "on" else str(self._keeper.health.last_error)
+        stats.capacity_blocks, stats.capacity_nbytes = num_slots * fmt.blocks_per_chunk, num_slots * fmt.slot_nbytes
+        if volume is not None:
+            used = volume.table.num_ready
+            stats.used_blocks, stats.used_nbytes = used * fmt.blocks_per_chunk, used * fmt.slot_nbytes
+            stats.pinned_blocks = volume.table.num_pinned * fmt.blocks_per_chunk
+            stats.evicted_blocks = volume.table.evicted_slots * fmt.blocks_per_chunk
+        return stats
 
     def close(self) -> None:
-        with self._write_lock:
-            self._closed = True
-            self._pool.close(_CLOSE_TIMEOUT_S)
-            volume, self._volume = self._volume, None
-            if volume is not None:
-                try:
-                    volume.sync()
-                except (OSError, lmdb.Error) as e:
-                    logger.warning("disk tier %s: could not sync at close: %s", self.config.path, e)
-                volume.close()
+        self._pool.close(_CLOSE_TIMEOUT_S)
+        self._keeper.close(_CLOSE_TIMEOUT_S)
 
     # -- what reads tell (DiskReadObserver); any thread
 
@@ -226,44 +185,9 @@ class DiskTier(LowerTier):
     def on_error(self, volume: DiskVolume, error: BaseException, num_chunks: int) -> None:
         self._count(failed_chunks=num_chunks)
         if not isinstance(error, StoreClosedError):
-            self._fail(volume, error)
+            self._keeper.fail(volume, error)
 
     # -- inside
-
-    def _usable(self, *, intact: bool = False) -> DiskVolume | None:
-        """The open volume; opens it again where the tier was off and it is time to try."""
-        if self._closed or not self._health.allow():
-            return None
-        volume = self._volume
-        if volume is None or not self._health.on:
-            return self._reopen()
-        if intact and not volume.is_intact():
-            self._fail(volume, FileNotFoundError(f"{self.config.path} vanished"))
-            return None
-        return volume
-
-    def _reopen(self) -> DiskVolume | None:
-        if not self._write_lock.acquire(blocking=False):
-            return None
-        try:
-            if self._volume is not None:
-                if not self._volume.directory.may_return():
-                    raise FileNotFoundError(f"{self.config.path} is not there")
-                self._retired.append(self._volume)
-                self._volume = None
-            self._retired = [v for v in self._retired if not v.close_when_idle()]
-            self._volume = DiskVolume(self._volume_config, self._namespace)
-        except (OSError, lmdb.Error, ConfigError) as e:
-            self._health.fail(e)
-            return None
-        finally:
-            self._write_lock.release()
-        self._health.recover()
-        return self._volume
-
-    def _fail(self, volume: DiskVolume | None, error: BaseException) -> None:
-        if volume is self._volume:
-            self._health.fail(error)
 
     def _count(self, **amounts: float) -> None:
         with self._stats_lock:
@@ -272,14 +196,21 @@ class DiskTier(LowerTier):
 
     def _write(self, volume: DiskVolume, chunks: SealedChunks, stored: NDArray[np.bool_]) -> None:
         """Sets ``stored`` as it goes, so that what was stored before an error counts."""
-        volume.refresh()
-        if chunks.namespace == volume.namespace:
-            stored |= volume.contains(chunks.keys)
-        new = np.flatnonzero(~stored)
-        if not len(new):
-            return
-        slots = volume.reserve(len(new))
-        new = new[: len(slots)]  # prefix first: what has no room is the tail
+        try:
+            volume.view.refresh()
+            stored |= volume.view.contains(chunks.keys)
+            new = np.flatnonzero(~stored)
+            if len(new):
+                slots = volume.writer.reserve(len(new))
+                self._fill(volume, slots, chunks, new[: len(slots)], stored)  # what has no room is the tail
+        except BaseException:
+            self._count(failed_chunks=int(np.count_nonzero(~stored)))
+            raise
+
+    def _fill(
+        self, volume: DiskVolume, slots: Slots, chunks: SealedChunks, new: NDArray[np.int64], stored: NDArray[np.bool_]
+    ) -> None:
+        """Write chunks ``new`` to reserved slots, and commit what could be written."""
         good = np.zeros(len(slots), dtype=np.bool_)
         error: BaseException | None = None
         try:
@@ -291,7 +222,7 @@ class DiskTier(LowerTier):
         finally:
             namespaces = np.full(len(new), np.void(chunks.namespace))
             records = Records(slots, chunks.generations[new], namespaces, chunks.keys[new])
-            volume.commit(records.at(good), slots[~good])
+            volume.writer.commit(records.at(good), slots[~good])
         stored[new[good]] = True
         self._count(written_nbytes=int(np.count_nonzero(good)) * self._codec.fmt.slot_nbytes)
         if error is not None:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from kvstore.direct_io import open_direct, preadv_full
 from kvstore.slot import ALIGNMENT, FOOTER, MAGIC, SlotCodec
 from kvstore.tiers.catalog import Catalog, Space, StoredChunk, StoredFormat, Verdict, why_bad
-from kvstore.tiers.disk_dir import DirectoryHeader, is_in_use, read_header
+from kvstore.tiers.disk_dir import is_in_use
+from kvstore.tiers.disk_header import DirectoryHeader, read_header
 from kvstore.tiers.disk_index import Records, decode, empty_records, joined
 from kvstore.tiers.page_buffer import page_aligned
 
@@ -51,7 +52,7 @@ class DiskCatalog(Catalog):
         self._described = self._read_header()
         self._index: Records | None = None
         self._is_read = False
-        self._spaces: dict[tuple[bytes, bool], Space] = {}
+        self._spaces: dict[bytes, Space] = {}
 
     def formats(self) -> list[StoredFormat]:
         return [self._described[1]] if self._described else []
@@ -59,11 +60,11 @@ class DiskCatalog(Catalog):
     def chunks(self) -> Iterator[StoredChunk]:
         if self._described is None:
             return
-        header, fmt = self._described
+        _, fmt = self._described
         index = self._read_index_once(fmt)
         records = self._scan(fmt) if index is None else index
         for i, (slot, generation) in enumerate(zip(records.slots.tolist(), records.generations.tolist(), strict=True)):
-            space = self._space(header, fmt, records.namespaces[i].tobytes(), generation)
+            space = self._space(fmt, records.namespaces[i].tobytes())
             yield StoredChunk(space, slot, records.keys[i].tobytes(), fmt.slot.slot_nbytes, generation, generation)
 
     def check(self) -> Iterator[Verdict]:
@@ -114,12 +115,10 @@ class DiskCatalog(Catalog):
     def _codec(self, fmt: StoredFormat) -> SlotCodec:
         return SlotCodec(fmt.slot, self._integrity_key)
 
-    def _space(self, header: DirectoryHeader, fmt: StoredFormat, namespace: bytes, generation: int) -> Space:
-        is_dead = generation < header.retired.get(namespace.hex(), 0)
-        key = (namespace, is_dead)
-        if key not in self._spaces:
-            self._spaces[key] = Space(self.tier, self.path, namespace, fmt, is_dead)
-        return self._spaces[key]
+    def _space(self, fmt: StoredFormat, namespace: bytes) -> Space:
+        if namespace not in self._spaces:
+            self._spaces[namespace] = Space(self.tier, self.path, namespace, fmt)
+        return self._spaces[namespace]
 
     @contextlib.contextmanager
     def _data(self) -> Iterator[int | None]:

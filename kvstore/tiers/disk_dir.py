@@ -1,10 +1,10 @@
-"""A disk tier's directory: who may use it, what it holds, its data file and its locks.
+"""A disk tier's directory: who may use it, its data file and its locks.
 
-    store.json   identity, placement, slot size and count; what was retired by a reset
-    data         slots, growing by fallocated extents
-    index/       LMDB (disk_index)
+    store.json     identity, placement, slot size and count (disk_header)
+    data           slots, growing by fallocated extents
+    index/         LMDB (disk_index)
     pid_namespace  of the processes that have it open
-    locks        byte ranges locked through the kernel: a process's locks die with it
+    locks          byte ranges locked through the kernel: a process's locks die with it
 
 Knows files and slot numbers, never keys.
 """
@@ -14,67 +14,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Self
 
 from kvstore.direct_io import file_system_type, is_network_file_system, open_direct
 from kvstore.errors import ConfigError, IdentityMismatchError
+from kvstore.tiers.disk_header import DirectoryHeader, private, read_header, write_header
 
 logger = logging.getLogger(__name__)
 
 EXTENT_NBYTES: Final = 256 << 20
 _INDEX_ROOM_NBYTES: Final = 256 << 10
 _INDEX_NBYTES_PER_SLOT: Final = 16  # beside what the file system's other free space gives
-_FORMAT: Final = "kvstore disk tier"
-_STORE_JSON_MAX_NBYTES: Final = 1 << 20
 _OPEN_BYTE: Final = 1 << 60  # held while a process opens, rebuilds or clears
 _MEMBER_BYTE: Final = (1 << 60) + 1  # held shared by every process that has it open
-_OPEN_TIMEOUT_S: Final = 300.0
+_OPEN_TIMEOUT_S: Final = 60.0
+_POLL_S: Final = 0.01
 _FLOCK: Final = struct.Struct("hhqqi4x")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DirectoryHeader:
-    """What store.json says."""
-
-    content: dict[str, Any]
-    placement: dict[str, Any]
-    slot_nbytes: int
-    num_slots: int
-    retired: dict[str, int]  # namespace hex -> entries of lower generation are dead
-
-    def differences(self, other: DirectoryHeader) -> dict[str, tuple[object, object]]:
-        """Fields of identity and placement that differ: name -> (self's, other's)."""
-        mine = {**self.content, **self.placement, "slot_nbytes": self.slot_nbytes}
-        theirs = {**other.content, **other.placement, "slot_nbytes": other.slot_nbytes}
-        names = [*mine, *(k for k in theirs if k not in mine)]
-        return {k: (mine.get(k), theirs.get(k)) for k in names if mine.get(k) != theirs.get(k)}
-
-
-def read_header(path: Path) -> DirectoryHeader | None:
-    """Parse store.json; None where there is none or it is damaged."""
-    try:
-        # O_NONBLOCK: a FIFO in its place must not hold the opener
-        fd = os.open(path / "store.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as f:
-            raw = json.loads(f.read(_STORE_JSON_MAX_NBYTES))
-        header = DirectoryHeader(
-            content=dict(raw["content"]),
-            placement=dict(raw["placement"]),
-            slot_nbytes=int(raw["slot_nbytes"]),
-            num_slots=int(raw["num_slots"]),
-            retired={str(k): int(v) for k, v in dict(raw["retired"]).items()},
-        )
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    return header if raw.get("format") == _FORMAT and header.slot_nbytes > 0 and header.num_slots > 0 else None
 
 
 def is_in_use(path: Path) -> bool:
@@ -91,8 +54,35 @@ def is_in_use(path: Path) -> bool:
     return kind != fcntl.F_UNLCK
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The file system that a directory lies on, so that no other one is filled in its stead."""
+
+    device: int
+    mount_point: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        real = os.path.realpath(path)
+        device = os.stat(real).st_dev
+        while not os.path.ismount(real):
+            real = os.path.dirname(real)
+        return cls(device, real)
+
+    def has(self, path: Path) -> bool:
+        """Whether a directory is there, or can be made, on this file system or on one that is
+        mounted in its place. What an unmounted mount point leaves is neither."""
+        try:
+            nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+            same_device = os.stat(nearest).st_dev == self.device
+            return same_device or (self.mount_point != "/" and os.path.ismount(self.mount_point))
+        except OSError:
+            return False
+
+
 class DiskDirectory:
-    """One opener's view of a directory. Locks belong to this object, not to the process."""
+    """One opener's view of a directory. Locks belong to this object, not to the process, and
+    not to a child that is forked from it."""
 
     def __init__(self, path: str | Path) -> None:
         """Create the directory if need be and check that it may be used.
@@ -102,6 +92,8 @@ class DiskDirectory:
             OSError: it cannot be reached now.
         """
         self.path = Path(path)
+        self._locks_fd = self._data_fd = -1
+        self._slot_nbytes = 0
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as e:
@@ -117,10 +109,9 @@ class DiskDirectory:
                 f"disk.path: {path} is on a network file system ({fs_type}), where the index's memory map and locks "
                 "do not hold; give a local directory, or use the shared tier for it"
             )
-        self._device = self.path.stat().st_dev
+        self.home = Home.of(self.path)
         self._locks_fd = os.open(self.path / "locks", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._data_fd = -1
-        self._slot_nbytes = 0
+        _open_directories.add(self)
 
     @property
     def data_path(self) -> Path:
@@ -135,35 +126,39 @@ class DiskDirectory:
         return self._data_fd
 
     @contextlib.contextmanager
-    def opening(self) -> Iterator[None]:
-        """Held by one process at a time, while it opens, rebuilds or clears."""
-        deadline = time.monotonic() + _OPEN_TIMEOUT_S
+    def opening(self, timeout_s: float = _OPEN_TIMEOUT_S) -> Iterator[None]:
+        """Held by one process at a time, while it opens, rebuilds or clears.
+
+        Raises:
+            TimeoutError: another one has held it all the time.
+        """
+        deadline = time.monotonic() + timeout_s
         while not self._lock(_OPEN_BYTE, 1, fcntl.F_WRLCK):
             if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"disk.path: {self.path} has been held by another process that opens it for {_OPEN_TIMEOUT_S:g} s"
-                )
-            time.sleep(0.01)
+                raise TimeoutError(f"{self.path} has been held by another process that opens it for {timeout_s:g} s")
+            time.sleep(_POLL_S)
         try:
             yield
         finally:
             self._lock(_OPEN_BYTE, 1, fcntl.F_UNLCK)
 
     def is_only_member(self) -> bool:
-        """Whether no other process has the directory open; call while `opening`."""
+        """Become a member; whether no other opener is one. Call while `opening`."""
         alone = self._lock(_MEMBER_BYTE, 1, fcntl.F_WRLCK)
         self._lock(_MEMBER_BYTE, 1, fcntl.F_RDLCK)
         return alone
 
-    def settle(self, wanted: DirectoryHeader, *, on_mismatch: str) -> DirectoryHeader:
-        """Agree on the header, clear or resize the directory where asked; call while `opening`.
+    def settle(self, wanted: DirectoryHeader, *, on_mismatch: str) -> DirectoryHeader | None:
+        """Agree on the header, clear or resize the directory where asked, and open the data
+        file; call while `opening`.
 
+        Returns:
+            What store.json said before; None where it was missing, damaged or cleared.
         Raises:
             IdentityMismatchError: it holds another identity, and on_mismatch is "refuse".
             ConfigError: it must be cleared or resized while others use it.
         """
-        found = read_header(self.path)
-        alone = self.is_only_member()
+        found, alone = read_header(self.path), self.is_only_member()
         self._check_pid_namespace(alone=alone)
         differences = found.differences(wanted) if found else {}
         if found and differences:
@@ -171,65 +166,31 @@ class DiskDirectory:
                 raise IdentityMismatchError(str(self.path), differences)
             if not alone:
                 raise ConfigError(f"disk.path: {self.path} holds another identity and is in use; it cannot be cleared")
-            self.clear()
+            self._clear()
             found = None
         if found and found.num_slots != wanted.num_slots and not alone:
             raise ConfigError(
                 f"disk.capacity_nbytes: {self.path} is in use with room for {found.num_slots} chunks, this store asks "
                 f"for {wanted.num_slots}; give all processes that share it the same capacity"
             )
+        self._open_data(wanted, alone=alone)
         if found is None:
             logger.info("disk tier %s: new directory for %d chunks", self.path, wanted.num_slots)
-        header = found if found and found.num_slots == wanted.num_slots else None
-        if header is None:
-            retired = found.retired if found else {}
-            header = DirectoryHeader(
-                content=wanted.content,
-                placement=wanted.placement,
-                slot_nbytes=wanted.slot_nbytes,
-                num_slots=wanted.num_slots,
-                retired=retired,
-            )
-            self.write_header(header)
-        self._open_data(header)
-        return header
+        if found != wanted:
+            write_header(self.path, wanted)
+        return found
 
-    def _check_pid_namespace(self, *, alone: bool) -> None:
-        """LMDB tells dead readers by their pids, which mean nothing in another namespace."""
-        file, mine = self.path / "pid_namespace", str(os.stat("/proc/self/ns/pid").st_ino)
-        if not alone and file.exists() and file.read_text() != mine:
-            raise ConfigError(
-                f"disk.path: {self.path} is open in another PID namespace; run the processes that share it in one "
-                "PID namespace (containers: one pod with a shared process namespace, or --pid), or give each its own"
-            )
-        with open(file, "w", encoding="ascii", opener=_private) as f:
-            f.write(mine)
-
-    def write_header(self, header: DirectoryHeader) -> None:
-        """Replace store.json, durably."""
-        fields = {"format": _FORMAT, **{f: getattr(header, f) for f in DirectoryHeader.__dataclass_fields__}}
-        temporary = self.path / "store.json.new"
-        with open(temporary, "w", encoding="utf-8", opener=_private) as f:
-            json.dump(fields, f, indent=1, sort_keys=True)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, self.path / "store.json")
-
-    def clear(self) -> None:
-        """Delete data and index."""
-        for file in (self.data_path, *self.path.glob("index*/*"), self.path / "store.json"):
+    def delete_index(self) -> None:
+        """What is damaged is not kept: it would count against the bound."""
+        for file in (self.index_path / "data.mdb", self.index_path / "lock.mdb"):
             file.unlink(missing_ok=True)
 
-    def move_index_aside(self) -> None:
-        """Put a damaged index where a person can look at it; an earlier one is deleted."""
-        aside = self.path / "index.damaged"
-        if not self.index_path.exists():
-            return
-        if aside.exists():
-            for file in aside.iterdir():
-                file.unlink()
-            aside.rmdir()
-        os.replace(self.index_path, aside)
+    def empty_data(self) -> None:
+        """Give up what all slots hold; the file keeps its size. For who is alone."""
+        size = os.fstat(self._data_fd).st_size
+        os.ftruncate(self._data_fd, 0)
+        if size:
+            os.posix_fallocate(self._data_fd, 0, size)
 
     def num_slots_on_disk(self) -> int:
         """Slots that the data file has room for now."""
@@ -243,15 +204,15 @@ class DiskDirectory:
         Raises:
             OSError: not even one slot fits; the file keeps its size.
         """
-        have = self.num_slots_on_disk()
+        have, slot_nbytes = self.num_slots_on_disk(), self._slot_nbytes
         free = os.statvfs(self.path)
         room = free.f_bavail * free.f_frsize - _INDEX_ROOM_NBYTES - num_slots * _INDEX_NBYTES_PER_SLOT
-        fits = max(1, min(EXTENT_NBYTES, room) // self._slot_nbytes)
+        fits = max(1, min(EXTENT_NBYTES, room) // slot_nbytes)
         want = min(num_slots, have + fits)
         if want > have:
-            if room < self._slot_nbytes:
+            if room < slot_nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.posix_fallocate(self._data_fd, 0, want * self._slot_nbytes)
+            os.posix_fallocate(self._data_fd, have * slot_nbytes, (want - have) * slot_nbytes)
         return self.num_slots_on_disk()
 
     def try_lock(self, start: int, length: int) -> bool:
@@ -269,30 +230,43 @@ class DiskDirectory:
             return False
         return (mine.st_ino, mine.st_dev) == (there.st_ino, there.st_dev)
 
-    def may_return(self) -> bool:
-        """Whether the directory is there again, or can be made again on the same file system.
-
-        An unmounted mount point leaves an empty directory on another file system: that must
-        not be filled.
-        """
-        try:
-            probe = self.path if self.path.exists() else self.path.parent
-            same_device = os.stat(probe).st_dev == self._device
-            return same_device or os.path.ismount(probe) or (self.path / "store.json").exists()
-        except OSError:
-            return False
+    def leave(self) -> None:
+        """Be no member any more, though transfers in flight still use the files."""
+        self._lock(_MEMBER_BYTE, 1, fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Close the files; the kernel drops this opener's locks."""
-        for fd in (self._data_fd, self._locks_fd):
+        fds, self._data_fd, self._locks_fd = (self._data_fd, self._locks_fd), -1, -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._data_fd = self._locks_fd = -1
 
-    def _open_data(self, header: DirectoryHeader) -> None:
+    def _check_pid_namespace(self, *, alone: bool) -> None:
+        """LMDB tells dead readers by their pids, which mean nothing in another namespace."""
+        file, mine = self.path / "pid_namespace", str(os.stat("/proc/self/ns/pid").st_ino)
+        if not alone and file.exists() and file.read_bytes() != mine.encode():
+            raise ConfigError(
+                f"disk.path: {self.path} is open in another PID namespace; run the processes that share it in one "
+                "PID namespace (containers: one pod with a shared process namespace, or --pid), or give each its own"
+            )
+        with open(file, "w", encoding="ascii", opener=private) as f:
+            f.write(mine)
+
+    def _clear(self) -> None:
+        """Delete data and index."""
+        self.data_path.unlink(missing_ok=True)
+        self.delete_index()
+        (self.path / "store.json").unlink(missing_ok=True)
+
+    def _open_data(self, header: DirectoryHeader, *, alone: bool) -> None:
         self._slot_nbytes = header.slot_nbytes
         self._data_fd = open_direct(self.data_path, os.O_RDWR | os.O_CREAT)
         if self.num_slots_on_disk() > header.num_slots:
+            if not alone:  # with a store.json that others use, this was noticed before
+                raise ConfigError(
+                    f"disk.capacity_nbytes: {self.path} is in use with more room than this store's capacity; "
+                    "give all processes that share it the same capacity"
+                )
             os.ftruncate(self._data_fd, header.num_slots * header.slot_nbytes)
 
     def _lock(self, start: int, length: int, kind: int) -> bool:
@@ -306,5 +280,10 @@ class DiskDirectory:
         return True
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def _close_in_child() -> None:
+    for directory in list(_open_directories):
+        directory.close()
+
+
+_open_directories: weakref.WeakSet[DiskDirectory] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_close_in_child)

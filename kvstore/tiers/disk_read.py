@@ -99,7 +99,7 @@ class DiskReadJob(ReadJob):
         wanted = self._wanted
         self._observer.on_missed(int(wanted.num_blocks[bad].sum()))
         try:
-            self._observer.on_corrupt(self._volume.reject(wanted.slots[bad], wanted.generations[bad]))
+            self._observer.on_corrupt(self._volume.view.reject(wanted.slots[bad], wanted.generations[bad]))
         except (OSError, lmdb.Error) as e:
             self._observer.on_error(self._volume, e, len(bad))
 

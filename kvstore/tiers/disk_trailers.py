@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.direct_io import preadv_full, pwritev_full
+from kvstore.identity import NAMESPACE_NBYTES
 from kvstore.slot import ALIGNMENT, SlotCodec, Slots
 from kvstore.tiers.disk_dir import DiskDirectory
 from kvstore.tiers.disk_index import Records, empty_records, joined
 from kvstore.tiers.page_buffer import page_aligned
 
-logger = logging.getLogger(__name__)
-
 _SCAN_SLOTS: Final = 256
+_SCAN_THREADS: Final = 16
 
 
 class DiskTrailers:
@@ -26,18 +26,25 @@ class DiskTrailers:
         self._directory, self._codec = directory, codec
 
     def scan(self) -> Records:
-        """Entries for everything that the data file holds. Payloads are not read: what is
-        damaged there is noticed when it is loaded."""
+        """Entries for everything that the data file holds, the newest where a chunk is there twice.
+
+        Payloads are not read: what is damaged there is noticed when it is loaded.
+        """
         num_slots = self._directory.num_slots_on_disk()
-        found = [empty_records(self._codec.fmt.blocks_per_chunk)]
-        for start in range(0, num_slots, _SCAN_SLOTS):
-            slots = np.arange(start, min(start + _SCAN_SLOTS, num_slots), dtype=np.int64)
-            trailers = self._codec.parse(self._read(slots))
-            records = Records(slots, trailers.generations, trailers.namespaces, trailers.keys.copy())
-            found.append(records.at(trailers.valid & (trailers.generations > 0)))
-        records = joined(found)
-        logger.info("disk tier %s: index rebuilt, %d chunks", self._directory.path, len(records))
-        return records
+        parts = [
+            np.arange(start, min(start + _SCAN_SLOTS, num_slots), dtype=np.int64)
+            for start in range(0, num_slots, _SCAN_SLOTS)
+        ]
+        with ThreadPoolExecutor(_SCAN_THREADS, "kvstore-disk-scan") as pool:
+            found = pool.map(self._records, parts)
+            records = joined([empty_records(self._codec.fmt.blocks_per_chunk), *found])
+        records = records.at(np.argsort(records.generations)[::-1])
+        if not len(records):
+            return records
+        namespaces = np.ascontiguousarray(records.namespaces).view(np.uint8).reshape(len(records), NAMESPACE_NBYTES)
+        chunks = void_keys(np.concatenate((namespaces, records.keys.reshape(len(records), -1)), axis=1))
+        _, newest = np.unique(chunks, return_index=True)
+        return records.at(newest)
 
     def erase(self, slots: Slots, wanted: NDArray[np.void]) -> None:
         """Overwrite the trailers of those of these slots that name a wanted key.
@@ -54,6 +61,11 @@ class DiskTrailers:
                 offset = (slot + 1) * self._codec.fmt.slot_nbytes - ALIGNMENT
                 pwritev_full(self._directory.data_fd, [zeros], offset)
 
+    def _records(self, slots: Slots) -> Records:
+        trailers = self._codec.parse(self._read(slots))
+        records = Records(slots, trailers.generations, trailers.namespaces, trailers.keys.copy())
+        return records.at(trailers.valid & (trailers.generations > 0))
+
     def _read(self, slots: Slots) -> NDArray[np.uint8]:
         """Trailers, shape (len(slots), trailer_nbytes); zeros beyond the end of the file."""
         fmt = self._codec.fmt
@@ -68,5 +80,5 @@ class DiskTrailers:
 
 
 def void_keys(keys: NDArray[np.uint8]) -> NDArray[np.void]:
-    """Keys, shape (..., 36), as one item each, for `np.isin`."""
+    """Rows of bytes, such as keys, shape (..., 36), as one item each, for `np.isin` and `np.unique`."""
     return np.ascontiguousarray(keys).view(f"V{keys.shape[-1]}").reshape(keys.shape[:-1])

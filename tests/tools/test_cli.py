@@ -150,7 +150,6 @@ def test_ls_tells_epochs_apart(tmp_path: Path) -> None:
         assert store.flush()
     states = {(r["tier"], r["state"]): r["blocks"] for r in kvstore_json("ls", tmp_path)["namespaces"]}
     assert states == {
-        ("disk", "retired"): 12,
         ("disk", "old epoch"): 4,
         ("shared", "served"): 12,
         ("shared", "old epoch"): 4,

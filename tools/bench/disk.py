@@ -153,5 +153,5 @@ def _get(store: TieredStore, keys: list[BlockKey], blocks: torch.Tensor) -> Meas
 def _slots(store: TieredStore, keys: list[BlockKey]) -> np.ndarray:
     tier = store._io._tiers[0]  # type: ignore[union-attr]
     assert isinstance(tier, DiskTier)
-    assert tier._volume is not None
-    return tier._volume.find(keys)[0]
+    assert tier._keeper.volume is not None
+    return tier._keeper.volume.view.find(keys)[0]
