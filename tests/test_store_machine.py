@@ -119,4 +119,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+TestStoreMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
