@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 Buffer = NDArray[np.uint8]  # one-dimensional
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
-# statfs magic numbers (linux/magic.h and the file systems' own sources)
+# names as in /proc/filesystems
 _NETWORK_FS: Final = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "lustre", "gpfs", "afs", "9p", "virtiofs",
     "glusterfs", "beegfs", "orangefs", "pvfs2", "ocfs2", "gfs2", "ncpfs", "coda",
@@ -76,18 +77,26 @@ def _after(buffers: list[memoryview], n: int) -> list[memoryview]:
 def file_system_type(path: str | Path) -> str:
     """The type of the file system that holds an existing path, as in /proc/self/mountinfo."""
     device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    real = os.path.realpath(path)
-    best, found = -1, "unknown"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as f:
-        for line in f:
-            left, _, right = line.partition(" - ")
-            fields = left.split()
-            mount_point = fields[4].encode().decode("unicode_escape", "replace")
-            inside = real == mount_point or real.startswith(mount_point.rstrip("/") + "/")
-            if inside and len(mount_point) >= best and (fields[2] == wanted or best < 0):
-                best, found = len(mount_point), right.split()[0]
-    return found
+    with open("/proc/self/mountinfo", "rb") as f:
+        return find_type(f, os.fsencode(os.path.realpath(path)), f"{os.major(device)}:{os.minor(device)}".encode())
+
+
+def find_type(mountinfo: Iterable[bytes], path: bytes, device: bytes) -> str:
+    """The type of the innermost mount that holds a path, in lines of mountinfo (proc(5)).
+
+    A mount of the path's own device comes first: the others are hidden by a later mount, or
+    their device numbers are made up (btrfs). "unknown" where nothing fits.
+    """
+    best, found = (False, -1), b"unknown"
+    for line in mountinfo:
+        left, _, right = line.partition(b" - ")
+        fields = left.split()
+        point = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), fields[4])
+        if path == point or path.startswith(point.rstrip(b"/") + b"/"):
+            fit = (fields[2] == device, len(point))
+            if fit >= best:
+                best, found = fit, right.split()[0]
+    return found.decode(errors="replace")
 
 
 def is_network_file_system(fs_type: str) -> bool:

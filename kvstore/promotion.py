@@ -1,11 +1,13 @@
 """Brings blocks up from the lower tiers: into host slots, verified, and on into a tensor.
 
-Reads of a window are all under way while the calling thread verifies and copies out what
+Reads of two windows are under way while the calling thread verifies and copies out what
 has come. A read that outlives its deadline keeps its host slot until it returns.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -15,13 +17,14 @@ from numpy.typing import NDArray
 
 from kvstore.copier import Copier
 from kvstore.io_service import IoService, Located
-from kvstore.jobs import Indices
+from kvstore.jobs import Indices, ReadJob
 from kvstore.keys import KEY_NBYTES, BlockKey, keys_to_array
 from kvstore.manager import TierManager
 from kvstore.slot import Rows, SlotFormat, Slots
 
-_COPY_NBYTES: Final = 1 << 20
-_WINDOW_NBYTES: Final = 256 << 20
+_COPY_NBYTES: Final = 4 << 20
+_WINDOW_NBYTES: Final = 64 << 20
+_WINDOWS: Final = 2  # under way: one is collected while the next is read
 
 
 class Promotion:
@@ -39,49 +42,65 @@ class Promotion:
             or none of it could be had by the deadline.
         """
         epoch = self._manager.epoch
-        chunks = self._io.find_prefix(keys)
-        done = 0
-        while chunks:
-            slots = self._manager.reserve(min(len(chunks), self._window), deadline)
-            if not len(slots):
-                break
-            window, chunks = chunks[: len(slots)], chunks[len(slots) :]
-            expected = sum(chunk.num_keys for _, chunk in window)
-            loaded = self._load(window, slots, keys[done : done + expected], out[done:], epoch, deadline)
-            done += loaded
-            if loaded < expected:
-                break
+        chunks = deque(self._io.find_prefix(keys))
+        under_way: deque[_Window] = deque()
+        done = started = 0
+        try:
+            while chunks or under_way:
+                if chunks and len(under_way) < _WINDOWS:
+                    room_by = time.monotonic() if under_way else deadline
+                    window = self._start(chunks, keys[started:], out[started:], room_by, deadline)
+                    if window is not None:
+                        under_way.append(window)
+                        started += window.num_blocks
+                        continue
+                if not under_way:
+                    break
+                window = under_way.popleft()
+                loaded = self._collect(window, epoch)
+                done += loaded
+                if loaded < window.num_blocks:
+                    break
+        finally:
+            for window in under_way:
+                self._give_up(window, epoch)
         return done
 
-    def _load(
-        self,
-        chunks: Sequence[Located],
-        slots: Slots,
-        keys: Sequence[BlockKey],
-        out: torch.Tensor,
-        epoch: int,
-        deadline: float,
-    ) -> int:
-        window = _Window(chunks, slots, keys_to_array(keys), out)
-        job = self._io.read(chunks, slots, deadline)
+    def _start(
+        self, chunks: deque[Located], keys: Sequence[BlockKey], out: torch.Tensor, room_by: float, deadline: float
+    ) -> _Window | None:
+        """Begin to read the next chunks; None where no host slot came free by ``room_by``."""
+        slots = self._manager.reserve(min(len(chunks), self._window), room_by)
+        if not len(slots):
+            return None
+        part = [chunks.popleft() for _ in range(len(slots))]
+        counts = np.fromiter((chunk.num_keys for _, chunk in part), dtype=np.int64, count=len(part))
+        return _Window(self._io.read(part, slots, deadline), slots, counts, keys_to_array(keys[: counts.sum()]), out)
+
+    def _collect(self, window: _Window, epoch: int) -> int:
+        """Verify and copy out a window's chunks as they come; how many leading blocks are good."""
         batch: Indices = []
+        full = max(1, _COPY_NBYTES // self._fmt.slot_nbytes)
         try:
-            for i, ok in job:
+            for i, ok in window.job:
                 window.came[i] = True
                 if ok:
                     batch.append(i)
-                if len(batch) * self._fmt.slot_nbytes >= _COPY_NBYTES:
-                    self._copy_out(window, batch)
-                    batch = []
+                    if len(batch) == full:
+                        self._copy_out(window, batch)
+                        batch = []
             self._copy_out(window, batch)
         finally:
-            job.abandon(lambda indices: self._manager.give_back(slots[indices]))
-            good = np.flatnonzero(window.good)
-            self._manager.publish(slots[good], self._chunk_keys(slots[good]), epoch, pins=0)
-            self._manager.give_back(slots[window.came & ~window.good])
-        if epoch != self._manager.epoch:
-            return 0
-        return window.num_leading()
+            self._give_up(window, epoch)
+        return window.num_leading() if epoch == self._manager.epoch else 0
+
+    def _give_up(self, window: _Window, epoch: int) -> None:
+        """Publish what is good; every other slot is free again, at once or when its read returns."""
+        slots = window.slots
+        window.job.abandon(lambda indices: self._manager.give_back(slots[indices]))
+        good = slots[window.good]
+        self._manager.publish(good, self._chunk_keys(good), epoch, pins=0)
+        self._manager.give_back(slots[window.came & ~window.good])
 
     def _copy_out(self, window: _Window, batch: Indices) -> None:
         """Copy verified chunks' blocks to their places; a chunk without the asked-for key is not good."""
@@ -109,19 +128,21 @@ class Promotion:
 
 
 class _Window:
-    """Chunks that are read together: [starts[i], starts[i] + counts[i]) are chunk i's blocks."""
+    """Chunks that are read together: [starts[i], starts[i] + counts[i]) are chunk i's blocks in out."""
 
-    def __init__(self, chunks: Sequence[Located], slots: Slots, keys: NDArray[np.uint8], out: torch.Tensor) -> None:
-        self.slots, self.keys, self.out = slots, keys, out
-        self.counts = np.array([chunk.num_keys for _, chunk in chunks], dtype=np.int64)
-        self.starts = np.cumsum(self.counts) - self.counts
+    def __init__(
+        self, job: ReadJob, slots: Slots, counts: NDArray[np.int64], keys: NDArray[np.uint8], out: torch.Tensor
+    ) -> None:
+        self.job, self.slots, self.counts, self.keys, self.out = job, slots, counts, keys, out
+        self.num_blocks = int(counts.sum())
+        self.starts = np.cumsum(counts) - counts
         self.came = np.zeros(len(slots), dtype=np.bool_)
         self.good = np.zeros(len(slots), dtype=np.bool_)
 
     def num_leading(self) -> int:
         """Blocks before the first chunk that is not good."""
         bad = np.flatnonzero(~self.good)
-        return int(self.starts[bad[0]]) if len(bad) else int(self.counts.sum())
+        return int(self.starts[bad[0]]) if len(bad) else self.num_blocks
 
 
 def _neighbours(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -114,11 +114,11 @@ class SlotCodec:
         footers["generation"] = generations
         footers["payload_nbytes"] = fmt.payload_nbytes
         body = fmt.body_nbytes
-        footers["body_digest"] = _voids([self._digest(rows[s, :body].data) for s in slots])
+        footers["body_digest"] = self._digests([rows[slot, :body].data for slot in slots.tolist()])
         trailers[:, -FOOTER.itemsize :] = footers.view(np.uint8).reshape(len(slots), -1)
         signed = trailers[:, :-DIGEST_NBYTES]
-        digests = b"".join(self._digest(np.ascontiguousarray(t).data) for t in signed)
-        trailers[:, -DIGEST_NBYTES:] = np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_NBYTES)
+        digests = self._digests([trailer.data for trailer in signed])
+        trailers[:, -DIGEST_NBYTES:] = digests.view(np.uint8).reshape(-1, DIGEST_NBYTES)
         rows[slots, body:] = trailers
 
     def parse(self, trailers: NDArray[np.uint8]) -> Trailers:
@@ -133,8 +133,8 @@ class SlotCodec:
             & (footers["placement"] == np.void(fmt.placement))
             & (footers["payload_nbytes"] == fmt.payload_nbytes)
         )
-        for i in np.flatnonzero(valid):
-            valid[i] = self._digest(trailers[i, :-DIGEST_NBYTES].data) == footers["trailer_digest"][i].tobytes()
+        signed = [trailer[:-DIGEST_NBYTES].data for trailer in trailers[valid]]
+        valid[valid] = self._digests(signed) == footers["trailer_digest"][valid]
         keys = trailers[:, : -FOOTER.itemsize].reshape(n, fmt.blocks_per_chunk, KEY_NBYTES)
         return Trailers(valid, keys, footers["namespace"], footers["generation"], footers["body_digest"])
 
@@ -144,9 +144,12 @@ class SlotCodec:
         found = self.parse(rows[slots, body:])
         valid = found.valid
         valid &= found.namespaces == np.void(namespace)
-        for i in np.flatnonzero(valid):
-            valid[i] = self._digest(rows[slots[i], :body].data) == found.body_digests[i].tobytes()
+        bodies = [rows[slot, :body].data for slot in slots[valid].tolist()]
+        valid[valid] = self._digests(bodies) == found.body_digests[valid]
         return found
+
+    def _digests(self, parts: list[memoryview]) -> NDArray[np.void]:
+        return np.frombuffer(b"".join(map(self._digest, parts)), dtype=f"V{DIGEST_NBYTES}")
 
 
 def read_integrity_key(path: str | None) -> bytes | None:
@@ -158,10 +161,6 @@ def read_integrity_key(path: str | None) -> bytes | None:
             return f.read(4096).strip()
     except OSError as e:
         raise ConfigError(f"integrity_key_file: {path!r} cannot be read ({e.strerror})") from e
-
-
-def _voids(digests: list[bytes]) -> NDArray[np.void]:
-    return np.frombuffer(b"".join(digests), dtype="V16")
 
 
 def _digest_function(key: bytes | None) -> Callable[[memoryview], bytes]:

@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,7 @@ import torch
 from kvstore import TieredStore
 from kvstore.io_messages import MAX_FRAME_NBYTES, Channel, Find, ProtocolError
 from tests.stores import Stores, check_get, make_blocks, make_keys
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not come about"
-        time.sleep(0.02)
+from tests.waiting import wait_until
 
 
 def process_id(store: TieredStore) -> int:
@@ -86,6 +78,8 @@ def test_it_ends_with_its_store(tmp_path: Path) -> None:
 import sys; sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from tests.stores import Stores, make_keys, make_blocks
+from tests.waiting import wait_until
+from tests.waiting import wait_until
 store = Stores(Path({str(tmp_path)!r}), 1, "process").open("disk")
 store.put(make_keys(8), make_blocks(8))
 print(store._io._connection._process.pid, flush=True)

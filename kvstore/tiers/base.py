@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,7 @@ from kvstore.keys import BlockKey
 from kvstore.slot import KeyArray, Slots
 
 
-@dataclass(frozen=True, slots=True)
-class FoundChunk:
+class FoundChunk(NamedTuple):
     """A chunk in a lower tier that holds ``num_keys`` consecutive asked-for keys.
 
     ``place`` and ``generation`` mean something to the tier only. A chunk found is not

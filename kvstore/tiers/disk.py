@@ -95,12 +95,8 @@ class DiskTier(LowerTier):
         slots = locations // self._codec.fmt.blocks_per_chunk
         starts = np.flatnonzero(np.diff(slots, prepend=-1))
         counts = np.diff(starts, append=len(slots))
-        return [
-            FoundChunk(slot, n, generation)
-            for slot, n, generation in zip(
-                slots[starts].tolist(), counts.tolist(), generations[starts].tolist(), strict=True
-            )
-        ]
+        columns = slots[starts].tolist(), counts.tolist(), generations[starts].tolist()
+        return list(map(FoundChunk._make, zip(*columns, strict=True)))
 
     def read(self, chunks: Sequence[FoundChunk], host_slots: Slots, deadline: float) -> ReadJob:
         volume = self._keeper.usable()
@@ -116,9 +112,7 @@ class DiskTier(LowerTier):
 
     def write(self, chunks: SealedChunks) -> NDArray[np.bool_]:
         """Chunks of a namespace that a reset has ended are through, and not stored."""
-        stored = np.full(len(chunks.host_slots), chunks.namespace != self._keeper.namespace)
-        if stored.all():
-            return stored
+        stored = np.zeros(len(chunks.host_slots), dtype=np.bool_)
         start = time.monotonic()
         self._keeper.write(lambda volume: self._write(volume, chunks, stored))
         self._count(write_s=time.monotonic() - start)
@@ -196,6 +190,9 @@ class DiskTier(LowerTier):
 
     def _write(self, volume: DiskVolume, chunks: SealedChunks, stored: NDArray[np.bool_]) -> None:
         """Sets ``stored`` as it goes, so that what was stored before an error counts."""
+        if chunks.namespace != self._keeper.namespace:  # asked here, where no reset comes between
+            stored[:] = True
+            return
         try:
             volume.view.refresh()
             stored |= volume.view.contains(chunks.keys)

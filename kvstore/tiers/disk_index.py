@@ -96,8 +96,9 @@ class DiskIndex:
         self._seen_txn = -1
         self._seen_log = 0
         try:
-            self._slots_db = self._env.open_db(b"slots", integerkey=True)
-            self._log_db = self._env.open_db(b"log", integerkey=True)
+            with self._env.begin(write=True) as txn:  # open_db's own would wait with the interpreter lock held
+                self._slots_db = self._env.open_db(b"slots", txn, integerkey=True)
+                self._log_db = self._env.open_db(b"log", txn, integerkey=True)
         except BaseException:
             self.close()
             raise

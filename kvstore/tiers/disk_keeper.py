@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _FIRST_OPEN_TIMEOUT_S: Final = 60.0
 _DAMAGE: Final = (
     lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PageFullError, lmdb.CursorFullError, lmdb.PanicError,
-    lmdb.InvalidError,
+    lmdb.InvalidError, lmdb.IncompatibleError, lmdb.BadTxnError, lmdb.BadDbiError, lmdb.BadValsizeError,
 )  # fmt: skip
 STORAGE_ERRORS: Final = (OSError, lmdb.Error)
 T = TypeVar("T")
