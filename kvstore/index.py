@@ -25,6 +25,7 @@ _LOCATION: Final = np.uint64(2**32 - 1)
 _HALF: Final = np.uint64(32)
 _MARK_BIT: Final = np.uint64(2**32)
 _WINDOW: Final = np.arange(8)
+_HEAD: Final = 64  # keys
 _LOAD: Final = 0.4  # of the table when every slot is in, at most
 _MAX_USED: Final = 0.75  # tombstones counted in
 # odd multipliers, one a word: multiply-shift hashing (Dietzfelbinger et al., 1997)
@@ -56,6 +57,8 @@ class BlockIndex:
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
         """Locations of the leading keys that are present, shape (m,), m <= len(keys)."""
+        if len(keys) > _HEAD and len(head := self.find_prefix(keys[:_HEAD])) < _HEAD:
+            return head  # a long prefix that is not here costs no more than a short one
         locations, _ = self._probe(_words(keys))
         found = locations >= 0
         return locations if found.all() else locations[: int(found.argmin())]
@@ -140,6 +143,8 @@ class BlockIndex:
         locations = (entries & _LOCATION).view(np.int64)
         if (entries > _LOCATION).all() and self._keys[locations].tobytes() == words.tobytes():
             return locations, places
+        if not entries.any():
+            return np.full(len(words), -1), places
         same = (self._keys[locations] == words).all(axis=1)
         open_ = np.flatnonzero((entries != _EMPTY) & ((entries == _TOMBSTONE) | ~same))
         while len(open_):

@@ -38,11 +38,11 @@ from kvstore.io_messages import (
     Store,
     StoreDone,
 )
-from kvstore.io_service import CLOSE_TIMEOUT_S, IoService, Located
+from kvstore.io_service import CLOSE_TIMEOUT_S, NOWHERE, IoService, Located
 from kvstore.jobs import Indices, NothingRead, ReadJob
 from kvstore.keys import BlockKey
 from kvstore.slot import KeyArray, SlotCodec, Slots
-from kvstore.tiers.base import FoundChunk, TierStats
+from kvstore.tiers.base import FoundChunks, TierStats
 from kvstore.tiers.health import TierHealth
 
 logger = logging.getLogger(__name__)
@@ -66,20 +66,21 @@ class ProcessIo(IoService):
         self._starting: threading.Thread | None = None
         self._connection: _Connection | None = _Connection(config, arena, namespace, self._died)
 
-    def find_prefix(self, keys: Sequence[BlockKey]) -> list[Located]:
+    def find_prefix(self, keys: Sequence[BlockKey]) -> Located:
         connection = self._running()
         found = None if connection is None else connection.ask(Find(0, b"".join(keys)), _FIND_TIMEOUT_S)
         if not isinstance(found, Found):
-            return []
-        chunks = zip(found.tiers, found.tokens, found.num_keys, strict=True)
-        return [(tier, FoundChunk((connection, token), n)) for tier, token, n in chunks]
+            return NOWHERE
+        n = len(found.num_keys)
+        chunks = FoundChunks(np.arange(n), np.array(found.num_keys, dtype=np.int64), np.zeros(n, dtype=np.uint64))
+        return Located((connection, found.id), chunks)
 
-    def read(self, chunks: Sequence[Located], host_slots: Slots, deadline: float) -> ReadJob:
+    def read(self, located: Located, host_slots: Slots, deadline: float) -> ReadJob:
         connection = self._running()
-        places: list[Any] = [chunk.place for _, chunk in chunks]
-        if connection is None or any(c is not connection for c, _ in places):
-            return NothingRead(len(chunks))
-        return connection.read([token for _, token in places], host_slots, deadline)
+        found_by, find_id = located.source
+        if connection is None or connection is not found_by:
+            return NothingRead(len(located))
+        return connection.read(find_id, int(located.chunks.places[0]), host_slots, deadline)
 
     def store(self, host_slots: Slots, keys: KeyArray, namespace: bytes, on_done: Callable[[Slots], None]) -> None:
         connection = self._running()
@@ -215,14 +216,15 @@ class _Connection:
         answer = self.ask(Call(0, verb, payload, time.monotonic() + timeout_s), timeout_s)
         return answer if isinstance(answer, Answer) else None
 
-    def read(self, tokens: list[int], host_slots: Slots, deadline: float) -> ReadJob:
-        job = _ProcessReadJob(len(tokens), deadline)
+    def read(self, find_id: int, first: int, host_slots: Slots, deadline: float) -> ReadJob:
+        """Read chunks ``first``, ... of those that an earlier `Find` has found."""
+        job = _ProcessReadJob(len(host_slots), deadline)
         with self._lock:
             if self._gone:
-                return NothingRead(len(tokens))
+                return NothingRead(len(host_slots))
             number = self._number()
             self._reads[number] = job
-        self._send(Read(number, tokens, host_slots.tolist(), deadline))
+        self._send(Read(number, find_id, first, host_slots.tolist(), deadline))
         return job
 
     def store(self, host_slots: Slots, keys: KeyArray, namespace: bytes, on_done: Callable[[Slots], None]) -> None:

@@ -42,13 +42,12 @@ class Find(Message, frozen=True):
 
 
 class Found(Message, frozen=True):
-    tiers: list[int]
-    num_keys: list[int]
-    tokens: list[int]  # what `Read` calls these chunks by
+    num_keys: list[int]  # of each chunk
 
 
 class Read(Message, frozen=True):
-    tokens: list[int]
+    find_id: int  # the `Find` that found the chunks
+    first: int  # of those, the first one to read; as many as there are slots
     host_slots: list[int]
     deadline: float
 

@@ -37,7 +37,7 @@ from kvstore.io_messages import (
     Store,
     StoreDone,
 )
-from kvstore.io_service import Located, ThreadIo
+from kvstore.io_service import NOWHERE, Located, ThreadIo
 from kvstore.keys import KEY_NBYTES, array_to_keys
 from kvstore.slot import SlotCodec, SlotFormat, read_integrity_key
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 _COLLECTORS: Final = 4
 _QUEUED_READS: Final = 1024
-_TOKENS: Final = 1 << 18
+_FOUND_CHUNKS: Final = 1 << 20  # remembered between a find and its reads
 _REPORT_NBYTES: Final = 2 << 20
 _JOIN_S: Final = 5.0
 
@@ -80,9 +80,8 @@ class IoProcess:
         self._arena = HostArena.attach(arena_fd, start.num_slots, self._fmt.slot_nbytes)
         codec = SlotCodec(self._fmt, read_integrity_key(config.integrity_key_file))
         self._io = ThreadIo(config, self._arena, codec, start.namespace)
-        self._tokens: LRUCache[int, Located] = LRUCache(_TOKENS)
-        self._next_token = 0
-        self._reads: queue.Queue[tuple[Read, list[Located | None]] | None] = queue.Queue(_QUEUED_READS)
+        self._found: LRUCache[int, Located] = LRUCache(_FOUND_CHUNKS, getsizeof=len)
+        self._reads: queue.Queue[tuple[Read, Located] | None] = queue.Queue(_QUEUED_READS)
         self._calls: queue.Queue[Call | None] = queue.Queue(_QUEUED_READS)
         threads = [threading.Thread(target=self._collect, daemon=True) for _ in range(_COLLECTORS)]
         self._threads = [*threads, threading.Thread(target=self._serve_calls, daemon=True)]
@@ -96,7 +95,9 @@ class IoProcess:
                 case Find():
                     self._find(message)
                 case Read():
-                    self._reads.put((message, [self._tokens.get(t) for t in message.tokens]), timeout=_JOIN_S)
+                    found = self._found.get(message.find_id, NOWHERE)
+                    part = found[message.first : message.first + len(message.host_slots)]
+                    self._reads.put((message, part), timeout=_JOIN_S)
                 case Store():
                     self._store(message)
                 case Call(verb="close"):
@@ -117,11 +118,10 @@ class IoProcess:
 
     def _find(self, message: Find) -> None:
         keys = array_to_keys(np.frombuffer(message.keys, dtype=np.uint8))
-        located = self._io.find_prefix(keys)
-        tokens = list(range(self._next_token, self._next_token + len(located)))
-        self._next_token += len(located)
-        self._tokens.update(zip(tokens, located, strict=True))
-        self._channel.send(Found(message.id, [t for t, _ in located], [c.num_keys for _, c in located], tokens))
+        located = self._io.find_prefix(keys)[:_FOUND_CHUNKS]
+        if len(located):
+            self._found[message.id] = located
+        self._channel.send(Found(message.id, located.chunks.num_keys.tolist()))
 
     def _store(self, message: Store) -> None:
         slots = np.asarray(message.host_slots, dtype=np.int64)
@@ -137,23 +137,22 @@ class IoProcess:
                 logger.exception("a read failed")
             self._send(ReadEnd(message.id))
 
-    def _read(self, message: Read, located: list[Located | None]) -> None:
-        known = [i for i, chunk in enumerate(located) if chunk is not None]
-        forgotten = [i for i, chunk in enumerate(located) if chunk is None]
-        if forgotten:
-            self._send(ReadCame(message.id, forgotten, [False] * len(forgotten)))
-        slots = np.asarray(message.host_slots, dtype=np.int64)[known]
-        job = self._io.read([chunk for chunk in located if chunk is not None], slots, message.deadline)
+    def _read(self, message: Read, located: Located) -> None:
+        n = len(message.host_slots)
+        if len(located) != n:  # forgotten meanwhile
+            self._send(ReadCame(message.id, list(range(n)), [False] * n))
+            return
+        job = self._io.read(located, np.asarray(message.host_slots, dtype=np.int64), message.deadline)
         step = max(1, _REPORT_NBYTES // self._fmt.slot_nbytes)
         came: list[tuple[int, bool]] = []
 
         def report() -> None:
             if came:
-                self._send(ReadCame(message.id, [known[i] for i, _ in came], [ok for _, ok in came]))
+                self._send(ReadCame(message.id, [i for i, _ in came], [ok for _, ok in came]))
                 came.clear()
 
         def late(indices: list[int]) -> None:
-            self._send(ReadCame(message.id, [known[i] for i in indices], [False] * len(indices), late=True))
+            self._send(ReadCame(message.id, indices, [False] * len(indices), late=True))
 
         try:
             for result in job:

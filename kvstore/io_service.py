@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 from kvstore.arena import HostArena
 from kvstore.config import StoreConfig
-from kvstore.jobs import Indices, ReadJob
+from kvstore.jobs import ReadJob
 from kvstore.keys import BlockKey
 from kvstore.slot import KeyArray, SlotCodec, Slots
-from kvstore.tiers.base import FoundChunk, LowerTier, TierStats
+from kvstore.tiers.base import NO_CHUNKS, FoundChunks, LowerTier, TierStats
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.shared import SharedTier
 from kvstore.write_behind import WriteBehind
@@ -25,19 +26,35 @@ from kvstore.write_behind import WriteBehind
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S: Final = 30.0
-Located = tuple[int, FoundChunk]  # (number of the tier, chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Chunks of one tier, and what the service knows that tier by."""
+
+    source: Any
+    chunks: FoundChunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, part: slice) -> Located:
+        return Located(self.source, self.chunks[part])
+
+
+NOWHERE: Final = Located(None, NO_CHUNKS)
 
 
 class IoService(ABC):
     """The I/O side of a store. Thread-safe."""
 
     @abstractmethod
-    def find_prefix(self, keys: Sequence[BlockKey]) -> list[Located]:
-        """Chunks of the first tier, from the top, that holds the leading key; [] where none does."""
+    def find_prefix(self, keys: Sequence[BlockKey]) -> Located:
+        """Chunks of the first tier, from the top, that holds the leading key; none where no tier does."""
 
     @abstractmethod
-    def read(self, chunks: Sequence[Located], host_slots: Slots, deadline: float) -> ReadJob:
-        """See `LowerTier.read`; chunks of several tiers may be mixed."""
+    def read(self, located: Located, host_slots: Slots, deadline: float) -> ReadJob:
+        """See `LowerTier.read`."""
 
     @abstractmethod
     def store(self, host_slots: Slots, keys: KeyArray, namespace: bytes, on_done: Callable[[Slots], None]) -> None:
@@ -80,20 +97,16 @@ class ThreadIo(IoService):
             raise
         self._write_behind = WriteBehind(self._tiers, rows, codec, config.stall_s)
 
-    def find_prefix(self, keys: Sequence[BlockKey]) -> list[Located]:
-        for number, tier in enumerate(self._tiers):
+    def find_prefix(self, keys: Sequence[BlockKey]) -> Located:
+        for tier in self._tiers:
             found = tier.find_prefix(keys)
-            if found:
-                return [(number, chunk) for chunk in found]
-        return []
+            if len(found):
+                return Located(tier, found)
+        return NOWHERE
 
-    def read(self, chunks: Sequence[Located], host_slots: Slots, deadline: float) -> ReadJob:
-        parts = []
-        for number, tier in enumerate(self._tiers):
-            at = [i for i, (n, _) in enumerate(chunks) if n == number]
-            if at:
-                parts.append((at, tier.read([chunks[i][1] for i in at], host_slots[at], deadline)))
-        return _JoinedReadJob(parts)
+    def read(self, located: Located, host_slots: Slots, deadline: float) -> ReadJob:
+        tier: LowerTier = located.source
+        return tier.read(located.chunks, host_slots, deadline)
 
     def store(self, host_slots: Slots, keys: KeyArray, namespace: bytes, on_done: Callable[[Slots], None]) -> None:
         self._write_behind.submit(host_slots, keys, namespace, on_done)
@@ -124,19 +137,3 @@ class ThreadIo(IoService):
             logger.warning("closed with writes that have not returned within %g s", CLOSE_TIMEOUT_S)
         for tier in self._tiers:
             tier.close()
-
-
-class _JoinedReadJob(ReadJob):
-    """Jobs of several tiers, all under way, collected one after the other."""
-
-    def __init__(self, parts: list[tuple[Indices, ReadJob]]) -> None:
-        self._parts = parts
-
-    def __iter__(self) -> Iterator[tuple[int, bool]]:
-        for at, job in self._parts:
-            for i, ok in job:
-                yield at[i], ok
-
-    def abandon(self, release: Callable[[Indices], None]) -> None:
-        for at, job in self._parts:
-            job.abandon(lambda indices, at=at: release([at[i] for i in indices]))  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """Brings blocks up from the lower tiers: into host slots, verified, and on into a tensor.
 
-Reads of two windows are under way while the calling thread verifies and copies out what
-has come. A read that outlives its deadline keeps its host slot until it returns.
+Reads of a few windows are under way while the calling thread verifies and copies out, in
+order, what has come. A read that outlives its deadline keeps its host slot until it returns.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from kvstore.keys import KEY_NBYTES, BlockKey, keys_to_array
 from kvstore.manager import TierManager
 from kvstore.slot import Rows, SlotFormat, Slots
 
-_COPY_NBYTES: Final = 4 << 20
-_WINDOW_NBYTES: Final = 64 << 20
-_WINDOWS: Final = 2  # under way: one is collected while the next is read
+_COPY_NBYTES: Final = 1 << 20
+_WINDOW_NBYTES: Final = 16 << 20
+_WINDOWS: Final = 4  # under way; more calls than an `IoPool` queues would make the caller wait
 
 
 class Promotion:
@@ -42,17 +42,18 @@ class Promotion:
             or none of it could be had by the deadline.
         """
         epoch = self._manager.epoch
-        chunks = deque(self._io.find_prefix(keys))
+        left = self._io.find_prefix(keys)
         under_way: deque[_Window] = deque()
         done = started = 0
         try:
-            while chunks or under_way:
-                if chunks and len(under_way) < _WINDOWS:
+            while len(left) or under_way:
+                if len(left) and len(under_way) < _WINDOWS:
                     room_by = time.monotonic() if under_way else deadline
-                    window = self._start(chunks, keys[started:], out[started:], room_by, deadline)
+                    window = self._start(left, keys[started:], out[started:], room_by, deadline)
                     if window is not None:
                         under_way.append(window)
                         started += window.num_blocks
+                        left = left[len(window.slots) :]
                         continue
                 if not under_way:
                     break
@@ -67,15 +68,15 @@ class Promotion:
         return done
 
     def _start(
-        self, chunks: deque[Located], keys: Sequence[BlockKey], out: torch.Tensor, room_by: float, deadline: float
+        self, left: Located, keys: Sequence[BlockKey], out: torch.Tensor, room_by: float, deadline: float
     ) -> _Window | None:
         """Begin to read the next chunks; None where no host slot came free by ``room_by``."""
-        slots = self._manager.reserve(min(len(chunks), self._window), room_by)
+        slots = self._manager.reserve(min(len(left), self._window), room_by)
         if not len(slots):
             return None
-        part = [chunks.popleft() for _ in range(len(slots))]
-        counts = np.fromiter((chunk.num_keys for _, chunk in part), dtype=np.int64, count=len(part))
-        return _Window(self._io.read(part, slots, deadline), slots, counts, keys_to_array(keys[: counts.sum()]), out)
+        part = left[: len(slots)]
+        array = keys_to_array(keys[: part.chunks.total_keys])
+        return _Window(self._io.read(part, slots, deadline), slots, part.chunks.num_keys, array, out)
 
     def _collect(self, window: _Window, epoch: int) -> int:
         """Verify and copy out a window's chunks as they come; how many leading blocks are good."""

@@ -142,7 +142,7 @@ class TieredStore:
             found = self._device.prefix_hit(keys[hit:]) if self._device is not None else 0
             found = found or self._manager.prefix_hit(keys[hit:])
             if not found and self._io is not None and self._lower_epoch == self._manager.epoch:
-                found = sum(chunk.num_keys for _, chunk in self._io.find_prefix(keys[hit:]))
+                found = self._io.find_prefix(keys[hit:]).chunks.total_keys
             if not found:
                 break
             hit += found

@@ -8,9 +8,9 @@ answers with misses, counts, turns itself off, and comes back (`TierHealth`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +20,30 @@ from kvstore.keys import BlockKey
 from kvstore.slot import KeyArray, Slots
 
 
-class FoundChunk(NamedTuple):
-    """A chunk in a lower tier that holds ``num_keys`` consecutive asked-for keys.
+@dataclass(frozen=True, slots=True)
+class FoundChunks:
+    """n chunks of a lower tier that hold the asked-for keys one after the other.
 
-    ``place`` and ``generation`` mean something to the tier only. A chunk found is not
+    ``places`` and ``generations`` mean something to the tier only. A chunk found is not
     pinned: it may be gone when it is read, which is a miss.
     """
 
-    place: Hashable
-    num_keys: int
-    generation: int = 0
+    places: Sequence[Any] | NDArray[np.int64]  # (n,)
+    num_keys: NDArray[np.int64]  # (n,): of the asked-for keys, how many each one holds
+    generations: NDArray[np.uint64]  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.num_keys)
+
+    def __getitem__(self, part: slice) -> FoundChunks:
+        return FoundChunks(self.places[part], self.num_keys[part], self.generations[part])
+
+    @property
+    def total_keys(self) -> int:
+        return int(self.num_keys.sum())
+
+
+NO_CHUNKS: Final = FoundChunks((), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +88,11 @@ class LowerTier(ABC):
     name: str
 
     @abstractmethod
-    def find_prefix(self, keys: Sequence[BlockKey]) -> list[FoundChunk]:
-        """The chunks that hold the leading keys, in prefix order; together they cover
-        ``sum(c.num_keys)`` keys. Touches no payload."""
+    def find_prefix(self, keys: Sequence[BlockKey]) -> FoundChunks:
+        """The chunks that hold the leading keys, in prefix order. Touches no payload."""
 
     @abstractmethod
-    def read(self, chunks: Sequence[FoundChunk], host_slots: Slots, deadline: float) -> ReadJob:
+    def read(self, chunks: FoundChunks, host_slots: Slots, deadline: float) -> ReadJob:
         """Start to read chunks into ``host_slots``, which belong to the job until it yields
         or releases them. A chunk that fails to verify is dropped from the tier and counted."""
 

@@ -24,7 +24,7 @@ from kvstore.identity import KVIdentity
 from kvstore.jobs import IoPool, NothingRead, ReadJob
 from kvstore.keys import BlockKey
 from kvstore.slot import Rows, SlotCodec, SlotFormat, Slots
-from kvstore.tiers.base import FoundChunk, LowerTier, SealedChunks, TierStats
+from kvstore.tiers.base import NO_CHUNKS, FoundChunks, LowerTier, SealedChunks, TierStats
 from kvstore.tiers.disk_index import FIXED_NBYTES, NBYTES_PER_KEY, Records
 from kvstore.tiers.disk_keeper import STORAGE_ERRORS, Purge, VolumeKeeper
 from kvstore.tiers.disk_read import DiskReadJob, Wanted
@@ -82,32 +82,25 @@ class DiskTier(LowerTier):
         self._keeper = VolumeKeeper(self._volume_config, namespace)
         self._pool = IoPool("kvstore-disk", config.num_threads)
 
-    def find_prefix(self, keys: Sequence[BlockKey]) -> list[FoundChunk]:
+    def find_prefix(self, keys: Sequence[BlockKey]) -> FoundChunks:
         volume = self._keeper.usable()
         if volume is None or not keys:
-            return []
+            return NO_CHUNKS
         try:
             locations, generations = volume.view.find(keys)
         except STORAGE_ERRORS as e:
             self._keeper.fail(volume, e)
-            return []
+            return NO_CHUNKS
         self._count(miss_blocks=len(keys) - len(locations))
         slots = locations // self._codec.fmt.blocks_per_chunk
         starts = np.flatnonzero(np.diff(slots, prepend=-1))
-        counts = np.diff(starts, append=len(slots))
-        columns = slots[starts].tolist(), counts.tolist(), generations[starts].tolist()
-        return list(map(FoundChunk._make, zip(*columns, strict=True)))
+        return FoundChunks(slots[starts], np.diff(starts, append=len(slots)), generations[starts])
 
-    def read(self, chunks: Sequence[FoundChunk], host_slots: Slots, deadline: float) -> ReadJob:
+    def read(self, chunks: FoundChunks, host_slots: Slots, deadline: float) -> ReadJob:
         volume = self._keeper.usable()
         if volume is None:
             return NothingRead(len(chunks))
-        wanted = Wanted(
-            slots=np.array([c.place for c in chunks], dtype=np.int64),
-            generations=np.array([c.generation for c in chunks], dtype=np.uint64),
-            host_slots=host_slots,
-            num_blocks=np.array([c.num_keys for c in chunks], dtype=np.int64),
-        )
+        wanted = Wanted(np.asarray(chunks.places), chunks.generations, host_slots, chunks.num_keys)
         return DiskReadJob(self, volume, self._io, self._pool, wanted, deadline)
 
     def write(self, chunks: SealedChunks) -> NDArray[np.bool_]:

@@ -27,7 +27,7 @@ from kvstore.identity import KVIdentity
 from kvstore.jobs import IoPool, ReadJob
 from kvstore.keys import BlockKey
 from kvstore.slot import Rows, SlotCodec, Slots
-from kvstore.tiers.base import FoundChunk, LowerTier, SealedChunks, TierStats
+from kvstore.tiers.base import FoundChunks, LowerTier, SealedChunks, TierStats
 from kvstore.tiers.chunk_file import FileFormat, file_format
 from kvstore.tiers.health import TierHealth
 from kvstore.tiers.shared_gc import GcReport, collect_garbage
@@ -96,8 +96,8 @@ class SharedTier(LowerTier):
             self._writer.probe_links()
         self._gc = GcThread(self._collect, config.gc_interval_s)
 
-    def find_prefix(self, keys: Sequence[BlockKey]) -> list[FoundChunk]:
-        found: list[FoundChunk] = []
+    def find_prefix(self, keys: Sequence[BlockKey]) -> FoundChunks:
+        places: list[Place] = []
         num_found, namespace = 0, self._namespace
         try:
             while num_found < len(keys) and self._usable():
@@ -105,16 +105,17 @@ class SharedTier(LowerTier):
                 place = self._lookup.find(namespace, part, has_links=self._writer.has_links)
                 if place is None:
                     break
-                found.append(FoundChunk(place.pack(), len(place.keys)))
+                places.append(place)
                 num_found += len(place.keys)
         except OSError as e:
             self.on_error(e)
         with self._lock:
             self._stats.miss_blocks += len(keys) - num_found
-        return found
+        num_keys = np.array([len(place.keys) for place in places], dtype=np.int64)
+        return FoundChunks(places, num_keys, np.zeros(len(places), dtype=np.uint64))
 
-    def read(self, chunks: Sequence[FoundChunk], host_slots: Slots, deadline: float) -> ReadJob:
-        places, namespace = [Place.unpack(c.place) for c in chunks], self._namespace
+    def read(self, chunks: FoundChunks, host_slots: Slots, deadline: float) -> ReadJob:
+        places, namespace = list(chunks.places), self._namespace
         if not self._usable():
             for place in places:
                 self.on_miss("off", place)

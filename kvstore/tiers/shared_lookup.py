@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
 from cachetools import TTLCache
 
-from kvstore.identity import NAMESPACE_NBYTES
-from kvstore.keys import KEY_NBYTES, BlockKey
+from kvstore.keys import BlockKey
 from kvstore.tiers.chunk_file import Inode
 from kvstore.tiers.shared_tree import SharedTree
 
 FOUND_TTL_S: Final = 3.0
 MAX_FOUND: Final = 16384
-
-_PLACE: Final = struct.Struct(f"<{NAMESPACE_NBYTES}sQQI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +38,6 @@ class Place:
     @property
     def name(self) -> BlockKey:
         return self.keys[self.named]
-
-    def pack(self) -> bytes:
-        """As bytes, so that a `FoundChunk` can go to another process."""
-        return _PLACE.pack(self.namespace, *self.inode, self.named) + b"".join(self.keys)
-
-    @classmethod
-    def unpack(cls, packed: object) -> Self:
-        """Inverse of `pack`."""
-        assert isinstance(packed, bytes)
-        namespace, device, number, named = _PLACE.unpack_from(packed)
-        keys = (BlockKey(packed[i : i + KEY_NBYTES]) for i in range(_PLACE.size, len(packed), KEY_NBYTES))
-        return cls(namespace, (device, number), named, tuple(keys))
 
 
 class SharedLookup:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.stores import LAYOUT, Stores, make_blocks, make_keys
+from tests.waiting import wait_until
 
 NUM_PREFIXES, PREFIX_BLOCKS = 6, 24
 
@@ -29,6 +30,7 @@ def fill(stores: Stores, tiers: str = "disk", attempts: int = 1) -> None:
                 assert store.put(make_keys(PREFIX_BLOCKS, prefix), make_blocks(PREFIX_BLOCKS, prefix)) == PREFIX_BLOCKS
             if store.flush():
                 return
+            wait_until(lambda: store.flush(1))  # the index is rebuilt meanwhile
     pytest.fail(f"not everything was stored in {attempts} attempts")
 
 
