@@ -24,7 +24,7 @@ from kvstore.errors import StoreClosedError
 logger = logging.getLogger(__name__)
 
 QUEUE_PER_THREAD: Final = 4
-VERIFIED_AT_ONCE: Final = 4  # operations
+VERIFIED_AT_ONCE: Final = 2  # operations
 Indices = list[int]
 
 

@@ -22,9 +22,9 @@ from kvstore.keys import KEY_NBYTES, BlockKey, keys_to_array
 from kvstore.manager import TierManager
 from kvstore.slot import Rows, SlotFormat, Slots
 
-_COPY_NBYTES: Final = 1 << 20
+_COPY_NBYTES: Final = 4 << 20
 _WINDOW_NBYTES: Final = 16 << 20
-_WINDOWS: Final = 4  # under way; more calls than an `IoPool` queues would make the caller wait
+_WINDOWS: Final = 3  # under way; more calls than an `IoPool` queues would make the caller wait
 
 
 class Promotion:
@@ -114,12 +114,9 @@ class Promotion:
         at, positions = at[found], match.argmax(axis=1)[found]
         room = self._fmt.blocks_per_chunk - positions
         counts = np.minimum(window.counts[at], room)
-        for low, high in _neighbours(window.starts[at], counts):
-            part = slice(low, high)
-            first, n = int(window.starts[at[low]]), int(counts[part].sum())
-            within = np.arange(n) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
-            slots = np.repeat(window.slots[at[part]], counts[part])
-            self._copier.load(slots, np.repeat(positions[part], counts[part]) + within, window.out[first : first + n])
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        slots, first = np.repeat(window.slots[at], counts), np.repeat(positions, counts)
+        self._copier.load(slots, first + within, window.out, np.repeat(window.starts[at], counts) + within)
         window.good[at] = counts == window.counts[at]
 
     def _chunk_keys(self, slots: Slots) -> NDArray[np.uint8]:
@@ -144,12 +141,3 @@ class _Window:
         """Blocks before the first chunk that is not good."""
         bad = np.flatnonzero(~self.good)
         return int(self.starts[bad[0]]) if len(bad) else self.num_blocks
-
-
-def _neighbours(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Half-open ranges of entries whose blocks follow one another without a gap."""
-    if not len(starts):
-        return []
-    breaks = np.flatnonzero(starts[1:] != starts[:-1] + counts[:-1]) + 1
-    edges = [0, *breaks.tolist(), len(starts)]
-    return list(zip(edges[:-1], edges[1:], strict=True))

@@ -13,7 +13,7 @@ from kvstore.direct_io import preadv_full, pwritev_full
 from kvstore.slot import Rows, Slots
 
 CALL_NBYTES: Final = 2 << 20
-BUNDLE_NBYTES: Final = 1 << 20  # many short calls cost more in threads' hand-overs than in the kernel
+BUNDLE_NBYTES: Final = 2 << 20  # many short calls cost more in threads' hand-overs than in the kernel
 Move = Callable[[list[NDArray[np.uint8]], int], None]
 
 
@@ -55,7 +55,7 @@ class SlotIo:
 
     def _calls(self, move: Move, slots: Slots, host_slots: Slots) -> list[SlotCall]:
         nbytes, calls = self.rows.shape[1], []
-        share = max(1, len(slots) * nbytes // (2 * self.num_threads))  # enough for every thread twice
+        share = len(slots) * nbytes // self.num_threads  # enough for every thread
         parts = neighbouring_slots(slots, nbytes, self.num_threads)
         for bundle in _bundles(parts, min(BUNDLE_NBYTES, share) // nbytes):
             moves = [(self._buffers(host_slots[part]), int(slots[part[0]]) * nbytes) for part in bundle]
@@ -64,6 +64,8 @@ class SlotIo:
 
     def _buffers(self, host_slots: Slots) -> list[NDArray[np.uint8]]:
         """The rows of these slots, neighbours joined."""
+        if len(host_slots) == 1:
+            return [self.rows[host_slots[0]]]
         breaks = (np.flatnonzero(np.diff(host_slots) != 1) + 1).tolist()
         firsts = host_slots[[0, *breaks]].tolist()
         lengths = np.diff([0, *breaks, len(host_slots)]).tolist()
