@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from kvstore.errors import StoreClosedError
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 QUEUE_PER_THREAD: Final = 4
 VERIFIED_AT_ONCE: Final = 2  # operations
 Indices = list[int]
+Operation = Callable[[], None]
+Done = Callable[[BaseException | None], None]
 
 
 class IoPool:
@@ -37,9 +40,8 @@ class IoPool:
 
     def __init__(self, name: str, num_threads: int) -> None:
         self.num_threads = num_threads
-        self._queue: queue.Queue[tuple[Future[None], Callable[[], None]] | None] = queue.Queue(
-            maxsize=num_threads * QUEUE_PER_THREAD
-        )
+        self._queue: queue.SimpleQueue[tuple[Operation, Done] | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(num_threads * QUEUE_PER_THREAD)
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(num_threads)
@@ -47,34 +49,48 @@ class IoPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, operation: Callable[[], None], deadline: float) -> Future[None]:
-        """Queue an operation; the future carries what it raised.
+    def start(self, operation: Operation, done: Done, deadline: float) -> None:
+        """Queue an operation.
 
         Args:
+            done: called once, by whichever thread sees the operation end, with what it raised.
             deadline: `time.monotonic` until which to wait for a place in the queue.
         Raises:
-            queue.Full: none came free; the operation will not run.
-            StoreClosedError: the pool was closed.
+            queue.Full: none came free; the operation will not run, and ``done`` is not called.
+            StoreClosedError: the pool was closed; the same.
         """
         if self._closed:
             raise StoreClosedError("the I/O pool was closed")
-        future: Future[None] = Future()
-        self._queue.put((future, operation), timeout=max(0.0, deadline - time.monotonic()))
+        if not self._room.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise queue.Full
+        self._queue.put((operation, done))
         if self._closed and not any(t.is_alive() for t in self._threads):
             self._refuse_queued()  # it was closed while this waited for a place
+
+    def submit(self, operation: Operation, deadline: float) -> Future[None]:
+        """As `start`; the future carries what the operation raised."""
+        future: Future[None] = Future()
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        self.start(operation, done, deadline)
         return future
 
-    def run_all(self, operations: Sequence[Callable[[], None]], deadline: float) -> list[BaseException | None]:
+    def run_all(self, operations: Sequence[Operation], deadline: float) -> list[BaseException | None]:
         """Run operations side by side and wait until all have returned; one outcome each."""
-        futures: list[Future[None] | None] = []
-        outcomes: list[BaseException | None] = []
-        for operation in operations:
-            try:
-                futures.append(self.submit(operation, deadline))
-            except (queue.Full, StoreClosedError):
-                futures.append(None)
-        for future in futures:
-            outcomes.append(TimeoutError("no I/O thread came free") if future is None else future.exception())
+        outcomes: list[BaseException | None] = [TimeoutError("no I/O thread came free")] * len(operations)
+        returned: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+        num_started = 0
+        for i, operation in enumerate(operations):
+            with contextlib.suppress(queue.Full, StoreClosedError):
+                self.start(operation, lambda error, i=i: returned.put((i, error)), deadline)  # type: ignore[misc]
+                num_started += 1
+        for _ in range(num_started):
+            i, outcomes[i] = returned.get()
         return outcomes
 
     def close(self, timeout_s: float) -> bool:
@@ -82,10 +98,7 @@ class IoPool:
         self._closed = True
         deadline = time.monotonic() + timeout_s
         for _ in self._threads:
-            try:
-                self._queue.put(None, timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Full:
-                return False
+            self._queue.put(None)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if any(t.is_alive() for t in self._threads):
@@ -94,23 +107,24 @@ class IoPool:
         return True
 
     def _refuse_queued(self) -> None:
-        """Operations that came in behind the last thread never run; their futures say so."""
+        """Operations that came in behind the last thread never run, and are told so."""
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._queue.get_nowait()
                 if item is not None:
-                    item[0].set_exception(StoreClosedError("the I/O pool was closed"))
+                    item[1](StoreClosedError("the I/O pool was closed"))
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            future, operation = item
+            self._room.release()
+            operation, done = item
             try:
                 operation()
             except BaseException as e:
-                future.set_exception(e)
+                done(e)
             else:
-                future.set_result(None)
-            del future, operation, item
+                done(None)
+            del operation, done, item
 
 
 class ReadJob(ABC):
@@ -134,7 +148,10 @@ class ReadOperation:
     """What one thread reads in one go: which chunks, and what reads them."""
 
     indices: Indices
-    run: Callable[[], None]
+    run: Operation
+
+
+Returned = tuple[ReadOperation, BaseException | None]
 
 
 class PooledReadJob(ReadJob):
@@ -161,16 +178,18 @@ class PooledReadJob(ReadJob):
         self._verify = verify
         self._on_error = on_error
         self._deadline = deadline
-        self._returned: queue.SimpleQueue[ReadOperation] = queue.SimpleQueue()
-        self._in_flight: dict[int, tuple[ReadOperation, Future[None]]] = {}
+        self._lock = threading.Lock()  # between a thread that returns and `abandon`
+        self._release: Callable[[Indices], None] | None = None
+        self._returned: queue.SimpleQueue[Returned] = queue.SimpleQueue()
+        self._num_in_flight = 0
         self._results: deque[tuple[int, bool]] = deque()  # known, not yielded yet
         self._fill()
 
     def __iter__(self) -> Iterator[tuple[int, bool]]:
-        while self._in_flight or self._waiting or self._results:
+        while self._num_in_flight or self._waiting or self._results:
             while self._results:
                 yield self._results.popleft()
-            if not self._in_flight and not self._waiting:
+            if not self._num_in_flight and not self._waiting:
                 return
             self._fill()
             returned = self._take_returned()
@@ -180,34 +199,45 @@ class PooledReadJob(ReadJob):
             self._collect(returned)
 
     def abandon(self, release: Callable[[Indices], None]) -> None:
-        results, self._results = self._results, deque()
-        if results:
-            release([i for i, _ in results])
-        waiting, self._waiting = self._waiting, deque()
-        for operation in waiting:
-            release(operation.indices)
-        in_flight, self._in_flight = self._in_flight, {}
-        for operation, future in in_flight.values():
-            future.add_done_callback(lambda _, operation=operation: release(operation.indices))  # type: ignore[misc]
+        with self._lock:
+            self._release = release
+        left = [i for i, _ in self._results]
+        left += [i for operation, _ in self._get_returned(self._num_in_flight) for i in operation.indices]
+        left += [i for operation in self._waiting for i in operation.indices]
+        self._results.clear()
+        self._waiting.clear()
+        if left:
+            release(left)
 
-    def _take_returned(self) -> list[tuple[ReadOperation, Future[None]]]:
+    def _came(self, operation: ReadOperation, error: BaseException | None) -> None:
+        """Runs in a pool thread."""
+        with self._lock:
+            release = self._release
+            if release is None:
+                self._returned.put((operation, error))
+                return
+        release(operation.indices)
+
+    def _take_returned(self) -> list[Returned]:
         """Wait for an operation to return, and take those that have returned beside it."""
-        returned = []
         try:
-            operation = self._returned.get(timeout=max(0.0, self._deadline - time.monotonic()))
-            while True:
-                returned.append(self._in_flight.pop(id(operation)))
-                if len(returned) == VERIFIED_AT_ONCE:
-                    break
-                operation = self._returned.get_nowait()
+            first = self._returned.get(timeout=max(0.0, self._deadline - time.monotonic()))
         except queue.Empty:
-            pass
+            return []
+        self._num_in_flight -= 1
+        return [first, *self._get_returned(VERIFIED_AT_ONCE - 1)]
+
+    def _get_returned(self, most: int) -> list[Returned]:
+        returned: list[Returned] = []
+        with contextlib.suppress(queue.Empty):
+            while len(returned) < most:
+                returned.append(self._returned.get_nowait())
+                self._num_in_flight -= 1
         return returned
 
-    def _collect(self, returned: Sequence[tuple[ReadOperation, Future[None]]]) -> None:
+    def _collect(self, returned: Sequence[Returned]) -> None:
         read: Indices = []
-        for operation, future in returned:
-            error = future.exception()
+        for operation, error in returned:
             if error is None:
                 read += operation.indices
             else:
@@ -217,18 +247,17 @@ class PooledReadJob(ReadJob):
             self._results.extend(zip(read, map(bool, self._verify(read)), strict=True))
 
     def _fill(self) -> None:
-        while self._waiting and len(self._in_flight) < 2 * self._pool.num_threads:
+        while self._waiting and self._num_in_flight < 2 * self._pool.num_threads:
             operation = self._waiting[0]
             try:
-                future = self._pool.submit(operation.run, self._deadline if not self._in_flight else 0.0)
+                deadline = self._deadline if not self._num_in_flight else 0.0
+                self._pool.start(operation.run, partial(self._came, operation), deadline)
             except queue.Full:
                 return
             except StoreClosedError as e:
-                future = Future()
-                future.set_exception(e)
+                self._came(operation, e)
             self._waiting.popleft()
-            self._in_flight[id(operation)] = (operation, future)
-            future.add_done_callback(lambda _, operation=operation: self._returned.put(operation))  # type: ignore[misc]
+            self._num_in_flight += 1
 
 
 class NothingRead(ReadJob):
