@@ -80,8 +80,8 @@ class IoPool:
         self.start(operation, done, deadline)
         return future
 
-    def run_all(self, operations: Sequence[Operation], deadline: float) -> list[BaseException | None]:
-        """Run operations side by side and wait until all have returned; one outcome each."""
+    def start_all(self, operations: Sequence[Operation], deadline: float) -> Callable[[], list[BaseException | None]]:
+        """Queue operations; what is returned, called once, waits until all have ended: one outcome each."""
         outcomes: list[BaseException | None] = [TimeoutError("no I/O thread came free")] * len(operations)
         returned: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
         num_started = 0
@@ -89,9 +89,13 @@ class IoPool:
             with contextlib.suppress(queue.Full, StoreClosedError):
                 self.start(operation, lambda error, i=i: returned.put((i, error)), deadline)  # type: ignore[misc]
                 num_started += 1
-        for _ in range(num_started):
-            i, outcomes[i] = returned.get()
-        return outcomes
+
+        def wait() -> list[BaseException | None]:
+            for _ in range(num_started):
+                i, outcomes[i] = returned.get()
+            return outcomes
+
+        return wait
 
     def close(self, timeout_s: float) -> bool:
         """Let queued operations finish and join the threads; False if some are stuck."""

@@ -26,7 +26,7 @@ from kvstore.tiers.base import LowerTier, SealedChunks
 logger = logging.getLogger(__name__)
 
 BATCH_NBYTES: Final = 16 << 20  # sealed at once: small, so that writing begins early
-WRITE_NBYTES: Final = 128 << 20  # written and committed at once: whatever waits, up to this much
+WRITE_NBYTES: Final = 256 << 20  # written and committed at once: whatever waits, up to this much
 _SHARES: Final = 4  # of host memory; a stalled tier holds up to two: in hand, and waiting
 _POLL_S: Final = 0.05
 

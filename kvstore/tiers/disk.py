@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -29,13 +29,14 @@ from kvstore.tiers.disk_index import FIXED_NBYTES, NBYTES_PER_KEY, Records
 from kvstore.tiers.disk_keeper import STORAGE_ERRORS, Purge, VolumeKeeper
 from kvstore.tiers.disk_read import DiskReadJob, Wanted
 from kvstore.tiers.disk_volume import DiskVolume, VolumeConfig
-from kvstore.tiers.slot_io import SlotIo
+from kvstore.tiers.slot_io import SlotCall, SlotIo
 
 logger = logging.getLogger(__name__)
 
 _OVERHEAD_NBYTES: Final = 128 << 10  # LMDB's lock file, store.json, folders
 _CLOSE_TIMEOUT_S: Final = 10.0
 _DELETE_TIMEOUT_S: Final = 10.0
+_PART_NBYTES: Final = 32 << 20  # reserved, written and committed as one
 _NO_DEADLINE_S: Final = 3600.0
 
 
@@ -189,31 +190,61 @@ class DiskTier(LowerTier):
         try:
             volume.view.refresh()
             stored |= volume.view.contains(chunks.keys)
-            new = np.flatnonzero(~stored)
-            if len(new):
-                slots = volume.writer.reserve(len(new))
-                self._fill(volume, slots, chunks, new[: len(slots)], stored)  # what has no room is the tail
+            self._write_parts(volume, chunks, np.flatnonzero(~stored), stored)
         except BaseException:
             self._count(failed_chunks=int(np.count_nonzero(~stored)))
             raise
 
-    def _fill(
-        self, volume: DiskVolume, slots: Slots, chunks: SealedChunks, new: NDArray[np.int64], stored: NDArray[np.bool_]
+    def _write_parts(
+        self, volume: DiskVolume, chunks: SealedChunks, new: NDArray[np.int64], stored: NDArray[np.bool_]
     ) -> None:
-        """Write chunks ``new`` to reserved slots, and commit what could be written."""
-        good = np.zeros(len(slots), dtype=np.bool_)
-        error: BaseException | None = None
+        """Slots for a part are reserved, and the part before it is committed, while another one is written."""
+        step = max(1, _PART_NBYTES // self._codec.fmt.slot_nbytes)
+        under_way: _Part | None = None
         try:
-            calls = self._io.writes(volume.directory.data_fd, slots, chunks.host_slots[new])
-            outcomes = self._pool.run_all([call.run for call in calls], time.monotonic() + _NO_DEADLINE_S)
-            for call, outcome in zip(calls, outcomes, strict=True):
-                good[call.indices] = outcome is None
-                error = error or outcome
+            for start in range(0, len(new), step):
+                wanted = new[start : start + step]
+                slots = volume.writer.reserve(len(wanted))
+                before, under_way = under_way, self._begin(volume, slots, chunks, wanted[: len(slots)])
+                if before is not None:
+                    self._end(volume, before, chunks, stored)
+                if len(slots) < len(wanted):  # what has no room is the tail
+                    break
         finally:
-            namespaces = np.full(len(new), np.void(chunks.namespace))
-            records = Records(slots, chunks.generations[new], namespaces, chunks.keys[new])
-            volume.writer.commit(records.at(good), slots[~good])
-        stored[new[good]] = True
+            if under_way is not None:
+                self._end(volume, under_way, chunks, stored)
+
+    def _begin(self, volume: DiskVolume, slots: Slots, chunks: SealedChunks, which: NDArray[np.int64]) -> _Part:
+        """Start to write some of the chunks to reserved slots."""
+        try:
+            calls = self._io.writes(volume.directory.data_fd, slots, chunks.host_slots[which])
+        except BaseException:
+            volume.writer.give_back(slots)
+            raise
+        wait = self._pool.start_all([call.run for call in calls], time.monotonic() + _NO_DEADLINE_S)
+        return _Part(slots, which, calls, wait)
+
+    def _end(self, volume: DiskVolume, part: _Part, chunks: SealedChunks, stored: NDArray[np.bool_]) -> None:
+        """Wait for a part, and commit what could be written."""
+        good = np.zeros(len(part.slots), dtype=np.bool_)
+        error: BaseException | None = None
+        for call, outcome in zip(part.calls, part.wait(), strict=True):
+            good[call.indices] = outcome is None
+            error = error or outcome
+        namespaces = np.full(len(part.slots), np.void(chunks.namespace))
+        records = Records(part.slots, chunks.generations[part.which], namespaces, chunks.keys[part.which])
+        volume.writer.commit(records.at(good), part.slots[~good])
+        stored[part.which[good]] = True
         self._count(written_nbytes=int(np.count_nonzero(good)) * self._codec.fmt.slot_nbytes)
         if error is not None:
             raise error if isinstance(error, OSError) else OSError(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Chunks that are being written: ``slots[i]`` gets chunk ``which[i]``."""
+
+    slots: Slots
+    which: NDArray[np.int64]
+    calls: Sequence[SlotCall]
+    wait: Callable[[], list[BaseException | None]]

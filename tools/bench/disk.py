@@ -107,7 +107,7 @@ def _growing(path: Path, slot_nbytes: int, n: int, rounds: int) -> Row:
 
 
 def _rewriting(path: Path, slot_nbytes: int, n: int, rounds: int) -> Iterator[Row]:
-    with open_store(slot_nbytes, n, path) as store:
+    with open_store(slot_nbytes, 3 * n, path, disk_blocks=n) as store:
         raw = RawFile(path.with_suffix(".raw"), slot_nbytes, n)
         blocks, keys = random_blocks(store.layout, n), random_keys(n)
         source = blocks.numpy().reshape(n, -1)
