@@ -1,12 +1,14 @@
 """The demo: a real model skips its prefill because the KV was stored by another process.
 
     writer   prefills a guide of some 2,600 tokens, stores its KV on disk and on a shared path
+
     cold     answers questions about the guide without a store
     host     ... with the KV in its host memory (brought up from the disk before)
+
     disk     ... with the KV on disk, as after a restart
     shared   ... with the KV on the shared path, its own disk tier empty
 
-All of them are processes of their own. What is measured runs while all others wait.
+Three processes. What is measured runs while the others wait.
 """
 
 from __future__ import annotations
@@ -39,6 +41,12 @@ QUESTIONS: Final = (
     "How are the files of the shared tier named?",
 )
 SOURCES: Final = ("cold", "host", "disk", "shared")
+_PROCESS_OF: Final = {
+    "cold": "first reader",
+    "host": "first reader",
+    "disk": "second reader",
+    "shared": "second reader",
+}
 BLOCK_TOKENS: Final = 16
 _TAIL: Final = "\n## Questions and answers\n\nQ: {question}\nA:"
 _START_TIMEOUT_S: Final = 180.0
@@ -137,14 +145,14 @@ def run(config: DemoConfig | None = None, console: Console | None = None) -> Dem
         with ExitStack() as stack:
             children = {
                 name: stack.enter_context(Child(name, "tools.demo_worker", scratch, _WORKER_ENVIRON))
-                for name in ("writer", *SOURCES)
+                for name in ("writer", *dict.fromkeys(_PROCESS_OF.values()))
             }
             _answer_all(state, children)
         return _result(state, start)
 
 
 def _answer_all(state: _Run, children: dict[str, Child]) -> None:
-    state.step("starting five processes, each loads the model")
+    state.step(f"starting {len(children)} processes, each loads the model")
     for child in children.values():
         child.send("load", model=str(state.model))
     for child in children.values():
@@ -153,19 +161,18 @@ def _answer_all(state: _Run, children: dict[str, Child]) -> None:
     for source in SOURCES:
         for question in range(len(QUESTIONS)):
             state.step(f"{source}: time to first token, question {question + 1}")
-            state.rows[source].append(_first_token(state, children[source], source, question))
-        children[source].ask("close", timeout_s=_STEP_TIMEOUT_S)
+            state.rows[source].append(_first_token(state, children[_PROCESS_OF[source]], source, question))
+        children[_PROCESS_OF[source]].ask("close", timeout_s=_STEP_TIMEOUT_S)
     for source in SOURCES:
         for question, row in enumerate(state.rows[source]):
             state.step(f"{source}: answering question {question + 1}")
-            row |= children[source].ask(
+            row |= children[_PROCESS_OF[source]].ask(
                 "answer",
-                question=question,
+                name=f"{source}-{question}",
                 max_new_tokens=state.config.max_new_tokens,
                 line_end=state.prompts.line_end,
                 timeout_s=_STEP_TIMEOUT_S,
             )
-        children[source].close()
 
 
 def _write(state: _Run, writer: Child) -> None:
@@ -181,9 +188,10 @@ def _first_token(state: _Run, child: Child, source: str, question: int) -> dict[
         child.ask("open", **state.tiers(source, question), timeout_s=_STEP_TIMEOUT_S)
     if source == "host" and question == 0:
         child.ask("fill", ids=state.prompts.guide, durable_within_s=_STEP_TIMEOUT_S, timeout_s=2 * _STEP_TIMEOUT_S)
-    path = state.scratch / f"{source}-{question}.npy"
+    name = f"{source}-{question}"
+    path = state.scratch / f"{name}.npy"
     ids = state.prompts.full[question]
-    row = child.ask("first_token", question=question, ids=ids, logits=str(path), timeout_s=_STEP_TIMEOUT_S)
+    row = child.ask("first_token", name=name, ids=ids, logits=str(path), timeout_s=_STEP_TIMEOUT_S)
     row["logits"] = np.load(path, allow_pickle=False)
     path.unlink()
     return row

@@ -55,7 +55,7 @@ class Worker:
         self._identity: KVIdentity | None = None
         self._store: TieredStore | None = None
         self._prefix_cache: PrefixCache | None = None
-        self._begun: dict[int, tuple[torch.Tensor, DynamicCache]] = {}
+        self._begun: dict[str, tuple[torch.Tensor, DynamicCache]] = {}
 
     @torch.no_grad()
     def load(self, model: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Worker:
         return {"stored_blocks": result.stored_blocks, "loaded_tokens": result.num_cached_tokens}
 
     @torch.no_grad()
-    def first_token(self, question: int, ids: list[int], logits: str) -> dict[str, Any]:
+    def first_token(self, name: str, ids: list[int], logits: str) -> dict[str, Any]:
         """From token ids to the logits of the first new token, measured; from the store if one is open."""
         if self._prefix_cache is None:
             start = time.perf_counter()
@@ -113,12 +113,12 @@ class Worker:
             last, cache = result.logits, result.past_key_values
             row = {"tokens": result.num_cached_tokens, "nbytes": result.loaded_nbytes, "load_s": result.load_s}
         np.save(logits, last[0].float().numpy(), allow_pickle=False)
-        self._begun[question] = (torch.cat([torch.tensor([ids]), last.argmax(-1, keepdim=True)], dim=1), cache)
+        self._begun[name] = (torch.cat([torch.tensor([ids]), last.argmax(-1, keepdim=True)], dim=1), cache)
         return {**row, "ttft_s": ttft_s}
 
-    def answer(self, question: int, max_new_tokens: int, line_end: int) -> dict[str, Any]:
+    def answer(self, name: str, max_new_tokens: int, line_end: int) -> dict[str, Any]:
         """Go on from `first_token`, greedily, to the end of the line; the new tokens."""
-        ids, cache = self._begun.pop(question)
+        ids, cache = self._begun.pop(name)
         prompt_tokens = ids.shape[1] - 1
         ends = [line_end, self._model.config.eos_token_id]
         if int(ids[0, -1]) not in ends:

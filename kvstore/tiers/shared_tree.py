@@ -174,8 +174,9 @@ class SharedTree:
             self._checked.clear()
 
     def _describe(self, folder: str, name: str) -> None:
+        """Write what is below a folder, also over what is damaged: the folder's name says what it must be."""
         path = f"{folder}/{name}"
-        if os.path.lexists(path):
+        if _has(path, self._json[name]):
             return
         temporary = temporary_path(folder)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -191,6 +192,15 @@ class SharedTree:
 def temporary_path(folder: str) -> str:
     """A name for a file that is being written; `shared_gc` removes those left behind."""
     return f"{folder}/.{secrets.token_hex(8)}.tmp"
+
+
+def _has(path: str, content: bytes) -> bool:
+    """Whether there is a regular file of just this content."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
+            return stat.S_ISREG(os.fstat(f.fileno()).st_mode) and f.read(len(content) + 1) == content
+    except OSError:
+        return False
 
 
 def canonical_json(fields: dict[str, str | int]) -> bytes:

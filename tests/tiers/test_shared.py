@@ -182,6 +182,21 @@ def test_identity_is_written_beside(bench: TierBench, tiers: Callable[..., Share
     assert hashlib.sha256(placement.read_bytes()).hexdigest()[:16] == placement.parent.name
 
 
+@pytest.mark.parametrize("name", ["namespace.json", "placement.json"])
+@pytest.mark.parametrize("text", ["", '{"model": "other"}', None])
+def test_the_next_put_heals_a_damaged_description(
+    bench: TierBench, tiers: Callable[..., SharedTier], name: str, text: str | None
+) -> None:
+    bench.put(tiers(bench), bench.chain("a", 1))
+    (file,) = bench.directory.rglob(name)
+    before = file.read_bytes()
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    bench.put(tiers(bench), bench.chain("b", 1))
+    assert file.read_bytes() == before
+
+
 def test_a_chunk_is_one_file_with_a_name_a_block(bench: TierBench, tiers: Callable[..., SharedTier]) -> None:
     keys, n = bench.chain("a", 2), bench.blocks_per_chunk
     bench.put(tiers(bench), keys)

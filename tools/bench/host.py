@@ -25,8 +25,8 @@ from tools.bench.common import (
 from tools.bench.raw import RawMemory
 
 _MIN_BATCH: Final = 16
-_BATCH_NBYTES: Final = 8 << 20
-_RAW: Final = "memcpy, one thread, idle, same batches, contiguous"
+_BATCH_NBYTES: Final = 32 << 20
+_RAW: Final = "memcpy, one thread, idle, same slots and batches, contiguous"
 
 
 def run(path: Path, scale: Scale) -> Iterator[Row]:
