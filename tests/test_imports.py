@@ -22,7 +22,8 @@ LAYERS = {
     "bytes": "slot direct_io arena jobs copier",
     "who holds what": "allocator index policy slot_table lookup_buffer",
     "tiers": "tiers",
-    "decisions": "manager promotion write_behind io_messages io_service io_client io_process store events metrics",
+    "decisions": "manager promotion write_behind io_messages io_service io_connection io_client io_process store"
+    " events metrics",
     "for others": "export testing",
 }
 # The control plane knows keys and slots and never touches payload.

@@ -18,6 +18,21 @@ from tests.stores import Stores, check_get, make_blocks, make_keys
 from tests.waiting import wait_until
 
 
+def test_what_is_purged_while_the_process_is_down_stays_away(tmp_path: Path) -> None:
+    keys, blocks = make_keys(24), make_blocks(24)
+    with Stores(tmp_path, 1, "process").open("disk", host_blocks=64) as store:
+        store.put(keys, blocks)
+        assert store.flush()
+        os.kill(process_id(store), signal.SIGSTOP)
+        os.kill(process_id(store), signal.SIGKILL)
+        store.purge(keys[:12])
+        wait_until(lambda: store.prefix_hit(keys[12:]) == 12 and store.flush())
+        store._manager.reset()  # host memory forgets: what is found now is on disk
+        store._lower_epoch = store._manager.epoch
+        wait_until(lambda: store.prefix_hit(keys[12:]) == 12)
+        assert [store.prefix_hit([key]) for key in keys[:12]] == [0] * 12
+
+
 def process_id(store: TieredStore) -> int:
     return store._io._connection._process.pid  # type: ignore[union-attr]
 
