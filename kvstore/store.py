@@ -39,7 +39,7 @@ from kvstore.tiers.device import DeviceTier
 
 logger = logging.getLogger(__name__)
 
-_PIECE_NBYTES: Final = 16 << 20
+_PIECE_NBYTES: Final = 32 << 20
 _EPOCH_NBYTES: Final = 16
 
 

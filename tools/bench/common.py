@@ -29,12 +29,12 @@ class Scale:
     """How much a run moves.
 
     Args:
-        nbytes: bytes of a data set; host memory takes up to four times as much.
+        nbytes: bytes of a data set; host memory takes up to six times as much.
         num_keys: keys of the index.
         rounds: interleaved rounds, of which the median counts.
     """
 
-    nbytes: int = 512 << 20
+    nbytes: int = 1 << 30
     num_keys: int = 1_000_000
     rounds: int = 7
 
