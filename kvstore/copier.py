@@ -19,7 +19,11 @@ from kvstore.errors import ConfigError
 from kvstore.layout import KVLayout
 from kvstore.slot import Rows, Slots
 
-_LONG_RUN: Final = 4  # slots; shorter runs cost more in numpy's set-up than in copying
+# `ctypes.memmove`, but for the interpreter lock, which it keeps: beside a busy thread each
+# time the lock is given up costs 5 ms, and a slot is copied in microseconds
+_memmove: Final = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ("memmove", ctypes.PyDLL(None))
+)
 
 
 class Copier:
@@ -42,17 +46,18 @@ class Copier:
         """Copy ``len(slots) * blocks_per_chunk`` blocks into slots; done when it returns."""
         if not len(slots):
             return
-        source = blocks.contiguous().view(torch.uint8).view(len(slots), -1)
-        if self._blocks_per_chunk == 1:
-            places = np.arange(len(slots))
-            if source.is_cuda:
-                self._copy_cuda(slots, source, places, to_slots=True)
-            else:
-                self._copy(slots, source.numpy(), places, to_slots=True)
-            return
-        by_block = source.cpu().numpy().reshape(len(slots), self._blocks_per_chunk, self.layout.num_layers, -1)
-        for slot, chunk in zip(slots.tolist(), by_block, strict=True):
-            np.copyto(self._by_layer(slot), chunk.swapaxes(0, 1))
+        if self._blocks_per_chunk > 1:
+            by_block = _bytes_of(blocks.contiguous().cpu()).reshape(
+                len(slots), self._blocks_per_chunk, self.layout.num_layers, -1
+            )
+            for slot, chunk in zip(slots.tolist(), by_block, strict=True):
+                np.copyto(self._by_layer(slot), chunk.swapaxes(0, 1))
+        elif blocks.is_cuda:
+            self._copy_cuda(slots, blocks, np.arange(len(slots)), to_slots=True)
+        else:
+            run = slice(int(slots[0]), int(slots[0]) + len(slots))
+            is_run = np.array_equal(slots, np.arange(run.start, run.stop))
+            self._payload[run if is_run else slots] = _bytes_of(blocks.contiguous())
 
     def load(
         self, slots: Slots, positions: NDArray[np.int64], out: torch.Tensor, places: NDArray[np.int64] | None = None
@@ -62,57 +67,53 @@ class Copier:
         Args:
             out: contiguous, (n, *block_shape).
             places: ascending; from 0 on where there are none.
+        Raises:
+            IndexError: out is too short; nothing was copied.
         """
         if not len(slots):
             return
         places = np.arange(len(slots)) if places is None else places
-        target = out.view(torch.uint8).view(len(out), -1)
+        if places[-1] >= len(out):
+            raise IndexError(f"place {places[-1]} of {len(out)} blocks")
         if self._blocks_per_chunk > 1:
-            self._load_blocks(slots, positions, target, places)
-        elif target.is_cuda:
-            self._copy_cuda(slots, target[places[0] : places[-1] + 1], places - places[0], to_slots=False)
+            self._load_blocks(slots, positions, out, places)
+        elif out.is_cuda:
+            self._copy_cuda(slots, out, places, to_slots=False)
         else:
-            self._copy(slots, target.numpy(), places, to_slots=False)
+            target = _bytes_of(out)
+            sources, targets = _addresses(self._payload, slots), _addresses(target, places)
+            for source, place in zip(sources, targets, strict=True):
+                _memmove(place, source, target.shape[1])
 
     def _by_layer(self, slot: int) -> NDArray[np.uint8]:
         return np.asarray(self._payload[slot].reshape(self.layout.num_layers, self._blocks_per_chunk, -1))
 
     def _load_blocks(
-        self, slots: Slots, positions: NDArray[np.int64], target: torch.Tensor, places: NDArray[np.int64]
+        self, slots: Slots, positions: NDArray[np.int64], out: torch.Tensor, places: NDArray[np.int64]
     ) -> None:
-        staged = target if not target.is_cuda else torch.empty((len(slots), target.shape[1]), dtype=target.dtype)
-        by_layer = staged.numpy().reshape(len(staged), self.layout.num_layers, -1)
-        rows = np.arange(len(slots)) if target.is_cuda else places
+        staged = torch.empty((len(slots), *out.shape[1:]), dtype=out.dtype) if out.is_cuda else out
+        by_layer = _bytes_of(staged).reshape(len(staged), self.layout.num_layers, -1)
+        rows = np.arange(len(slots)) if out.is_cuda else places
         for row, slot, position in zip(rows.tolist(), slots.tolist(), positions.tolist(), strict=True):
             np.copyto(by_layer[row], self._by_layer(slot)[:, position])
-        if target.is_cuda:
-            target[torch.from_numpy(places).to(target.device)] = staged.to(target.device)
-
-    def _copy(self, slots: Slots, blocks: NDArray[np.uint8], places: NDArray[np.int64], *, to_slots: bool) -> None:
-        """Copy whole slots' payloads; long runs of neighbours in one call."""
-        breaks = (np.flatnonzero((slots[1:] - slots[:-1] != 1) | (places[1:] - places[:-1] != 1)) + 1).tolist()
-        if (len(breaks) + 1) * _LONG_RUN > len(slots) > _LONG_RUN:
-            self._copy_each(slots, blocks, places, to_slots=to_slots)
-            return
-        starts, ends = [0, *breaks], [*breaks, len(slots)]
-        for n, slot, place in zip(
-            np.subtract(ends, starts).tolist(), slots[starts].tolist(), places[starts].tolist(), strict=True
-        ):
-            rows, part = self._payload[slot : slot + n], blocks[place : place + n]
-            target, source = (rows, part) if to_slots else (part, rows)
-            np.copyto(target, source)
-
-    def _copy_each(self, slots: Slots, blocks: NDArray[np.uint8], places: NDArray[np.int64], *, to_slots: bool) -> None:
-        """Slot by slot: numpy would gather them in memory of its own first, and memmove needs no views."""
-        nbytes = blocks.shape[1]
-        rows = (self._payload.ctypes.data + slots * self._payload.strides[0]).tolist()
-        parts = (blocks.ctypes.data + places * blocks.strides[0]).tolist()
-        for target, source in zip(*((rows, parts) if to_slots else (parts, rows)), strict=True):
-            ctypes.memmove(target, source, nbytes)
+        if out.is_cuda:
+            out[torch.from_numpy(places).to(out.device)] = staged.to(out.device)
 
     def _copy_cuda(self, slots: Slots, blocks: torch.Tensor, places: NDArray[np.int64], *, to_slots: bool) -> None:
+        flat = blocks.contiguous().view(torch.uint8).view(len(blocks), -1)
         for slot, place in zip(slots.tolist(), places.tolist(), strict=True):
-            row, block = torch.from_numpy(self._payload[slot]), blocks[place]
+            row, block = torch.from_numpy(self._payload[slot]), flat[place]
             target, source = (row, block) if to_slots else (block, row)
             target.copy_(source, non_blocking=True)
         torch.cuda.current_stream(blocks.device).synchronize()
+
+
+def _bytes_of(blocks: torch.Tensor) -> NDArray[np.uint8]:
+    """The memory of contiguous blocks, shape (n, block_nbytes)."""
+    array: NDArray[np.uint8] = blocks.view(torch.uint8).numpy()
+    return array.reshape(len(array), -1)
+
+
+def _addresses(rows: NDArray[np.uint8], at: NDArray[np.int64]) -> list[int]:
+    addresses: list[int] = (rows.ctypes.data + at * rows.strides[0]).tolist()
+    return addresses

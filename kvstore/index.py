@@ -57,11 +57,10 @@ class BlockIndex:
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
         """Locations of the leading keys that are present, shape (m,), m <= len(keys)."""
-        if len(keys) > _HEAD and len(head := self.find_prefix(keys[:_HEAD])) < _HEAD:
+        head = self._leading(keys[:_HEAD])
+        if len(head) < _HEAD or len(keys) == _HEAD:
             return head  # a long prefix that is not here costs no more than a short one
-        locations, _ = self._probe(_words(keys))
-        found = locations >= 0
-        return locations if found.all() else locations[: int(found.argmin())]
+        return np.concatenate((head, self._leading(keys[_HEAD:])))
 
     def contains(self, keys: Sequence[BlockKey]) -> NDArray[np.bool_]:
         """Which keys are present, shape (len(keys),)."""
@@ -113,6 +112,11 @@ class BlockIndex:
     def slots(self) -> Slots:
         """The slots that are in, ascending."""
         return np.flatnonzero(self._in)
+
+    def _leading(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
+        locations, _ = self._probe(_words(keys))
+        found = locations >= 0
+        return locations if found.all() else locations[: int(found.argmin())]
 
     def _make_table(self) -> None:
         size = 1 << max(4, int(np.ceil(np.log2(self.num_slots * self.blocks_per_chunk / _LOAD + 1))))
