@@ -55,9 +55,8 @@ class Copier:
         elif blocks.is_cuda:
             self._copy_cuda(slots, blocks, np.arange(len(slots)), to_slots=True)
         else:
-            run = slice(int(slots[0]), int(slots[0]) + len(slots))
-            is_run = np.array_equal(slots, np.arange(run.start, run.stop))
-            self._payload[run if is_run else slots] = _bytes_of(blocks.contiguous())
+            where = slice(slots[0], slots[-1] + 1) if _is_run(slots) else slots
+            self._payload[where] = _bytes_of(blocks.contiguous())
 
     def load(
         self, slots: Slots, positions: NDArray[np.int64], out: torch.Tensor, places: NDArray[np.int64] | None = None
@@ -80,13 +79,21 @@ class Copier:
         elif out.is_cuda:
             self._copy_cuda(slots, out, places, to_slots=False)
         else:
-            target = _bytes_of(out)
-            sources, targets = _addresses(self._payload, slots), _addresses(target, places)
-            for source, place in zip(sources, targets, strict=True):
-                _memmove(place, source, target.shape[1])
+            self._load_slots(slots, _bytes_of(out), places)
 
     def _by_layer(self, slot: int) -> NDArray[np.uint8]:
         return np.asarray(self._payload[slot].reshape(self.layout.num_layers, self._blocks_per_chunk, -1))
+
+    def _load_slots(self, slots: Slots, target: NDArray[np.uint8], places: NDArray[np.int64]) -> None:
+        nbytes = target.shape[1]
+        if _is_run(slots) and _is_run(places):
+            to, from_ = target[places[0] : places[-1] + 1], self._payload[slots[0] : slots[-1] + 1]
+            np.copyto(_as_items(to), _as_items(from_))
+            return
+        sources = (self._payload.ctypes.data + slots * self._payload.strides[0]).tolist()
+        targets = (target.ctypes.data + places * nbytes).tolist()
+        for place, source in zip(targets, sources, strict=True):
+            _memmove(place, source, nbytes)
 
     def _load_blocks(
         self, slots: Slots, positions: NDArray[np.int64], out: torch.Tensor, places: NDArray[np.int64]
@@ -114,6 +121,11 @@ def _bytes_of(blocks: torch.Tensor) -> NDArray[np.uint8]:
     return array.reshape(len(array), -1)
 
 
-def _addresses(rows: NDArray[np.uint8], at: NDArray[np.int64]) -> list[int]:
-    addresses: list[int] = (rows.ctypes.data + at * rows.strides[0]).tolist()
-    return addresses
+def _as_items(rows: NDArray[np.uint8]) -> NDArray[np.void]:
+    """One item a row: numpy keeps the interpreter lock while it copies up to 500 items."""
+    return rows.view(f"V{rows.shape[1]}")
+
+
+def _is_run(numbers: NDArray[np.int64]) -> bool:
+    """Whether these are consecutive."""
+    return bool(numbers[-1] - numbers[0] == len(numbers) - 1 and (numbers[1:] > numbers[:-1]).all())
