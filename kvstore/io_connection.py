@@ -167,6 +167,9 @@ class Connection:
         except KVStoreError as e:
             logger.error("I/O process: %s; it is killed", e)
             self.kill()
+        except Exception:
+            logger.exception("I/O process: a message of its could not be dealt with; it is killed")
+            self.kill()
         self._settle()
 
     def _dispatch(self, message: Any) -> None:
@@ -225,7 +228,7 @@ class ProcessReadJob(ReadJob):
         self._deadline = deadline
         self._lock = threading.Lock()
         self._open = set(range(num_chunks))  # not reported yet: the process may still write there
-        self._queue: queue.SimpleQueue[list[tuple[int, bool]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, bool] | None] = queue.SimpleQueue()
         self._release: Callable[[Indices], None] | None = None
         self._ended = False
 
@@ -239,12 +242,10 @@ class ProcessReadJob(ReadJob):
             indices = [i for i in message.indices if i in self._open]
             self._open.difference_update(indices)
             release = self._release
-            if release is None and not message.late:
-                self._queue.put(
-                    [(i, ok) for i, ok in zip(message.indices, message.ok, strict=True) if i in set(indices)]
-                )
-            elif release is None:
-                self._queue.put([(i, False) for i in indices])
+            if release is None:
+                good = set() if message.late else {i for i, ok in zip(message.indices, message.ok, strict=True) if ok}
+                for i in indices:
+                    self._queue.put((i, i in good))
             done = self._ended and not self._open
         if release is not None and indices:
             release(indices)
@@ -263,13 +264,14 @@ class ProcessReadJob(ReadJob):
                 return
             if reported is None:
                 return
-            yield from reported
+            yield reported
 
     def abandon(self, release: Callable[[Indices], None]) -> None:
         with self._lock:
             self._release = release
             unread: Indices = []
             while not self._queue.empty():
-                unread += [i for i, _ in self._queue.get() or []]
+                reported = self._queue.get()
+                unread += [] if reported is None else [reported[0]]
         if unread:
             release(unread)

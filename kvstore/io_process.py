@@ -38,6 +38,7 @@ from kvstore.io_messages import (
     StoreDone,
 )
 from kvstore.io_service import NOWHERE, Located, ThreadIo
+from kvstore.jobs import NothingRead
 from kvstore.keys import KEY_NBYTES, array_to_keys
 from kvstore.slot import SlotCodec, SlotFormat, read_integrity_key
 
@@ -139,10 +140,14 @@ class IoProcess:
 
     def _read(self, message: Read, located: Located) -> None:
         n = len(message.host_slots)
-        if len(located) != n:  # forgotten meanwhile
-            self._send(ReadCame(message.id, list(range(n)), [False] * n))
-            return
-        job = self._io.read(located, np.asarray(message.host_slots, dtype=np.int64), message.deadline)
+        try:
+            if len(located) == n:
+                job = self._io.read(located, np.asarray(message.host_slots, dtype=np.int64), message.deadline)
+            else:
+                job = NothingRead(n)  # what was found is forgotten
+        except Exception:  # nothing was started: the store has its slots back
+            logger.exception("a read could not be started")
+            job = NothingRead(n)
         step = max(1, _REPORT_NBYTES // self._fmt.slot_nbytes)
         came: list[tuple[int, bool]] = []
 

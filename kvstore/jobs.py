@@ -247,8 +247,14 @@ class PooledReadJob(ReadJob):
             else:
                 self._on_error(error, operation.indices)
                 self._results.extend((i, False) for i in operation.indices)
-        if read:
-            self._results.extend(zip(read, map(bool, self._verify(read)), strict=True))
+        if not read:
+            return
+        try:
+            ok = self._verify(read)
+        except BaseException:
+            self._results.extend((i, False) for i in read)  # else `abandon` would not know them
+            raise
+        self._results.extend(zip(read, map(bool, ok), strict=True))
 
     def _fill(self) -> None:
         while self._waiting and self._num_in_flight < 2 * self._pool.num_threads:

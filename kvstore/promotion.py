@@ -76,7 +76,12 @@ class Promotion:
             return None
         part = left[: len(slots)]
         array = keys_to_array(keys[: part.chunks.total_keys])
-        return _Window(self._io.read(part, slots, deadline), slots, part.chunks.num_keys, array, out)
+        try:
+            job = self._io.read(part, slots, deadline)
+        except BaseException:
+            self._manager.give_back(slots)
+            raise
+        return _Window(job, slots, part.chunks.num_keys, array, out)
 
     def _collect(self, window: _Window, epoch: int) -> int:
         """Verify and copy out a window's chunks as they come; how many leading blocks are good."""

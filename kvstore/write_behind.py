@@ -132,6 +132,8 @@ class WriteBehind:
         except Exception:  # reported, and the slots go back: the chunks are later misses
             logger.exception("write-behind: %d chunks could not be sealed and are not stored", len(slots))
             taken.on_done(slots)
+            for writer in self._writers:
+                writer.finish([], len(slots))
             return
         batch = _Batch(SealedChunks(slots, keys, taken.namespace, generations), taken.on_done, len(self._writers))
         for writer in self._writers:
@@ -175,7 +177,7 @@ class _Writer:
         if not self._reported:
             logger.warning("%s tier: read-only, a write takes more than %g s", self._tier.name, self._stall_s)
             self._reported = True
-        self._finish([batch], num_slots)
+        self.finish([batch], num_slots)
 
     def shed(self) -> None:
         """Where the tier has stalled, drop what waits behind the batches in hand."""
@@ -184,7 +186,7 @@ class _Writer:
         with self._change:
             batches, self._waiting = list(self._waiting), deque()
             self._num_waiting_slots = 0
-        self._finish(batches, sum(len(b.chunks.host_slots) for b in batches))
+        self.finish(batches, sum(len(b.chunks.host_slots) for b in batches))
 
     def is_stalled(self) -> bool:
         since = self._busy_since
@@ -219,7 +221,7 @@ class _Writer:
             finally:
                 self._busy_since = None
                 self._reported = False
-                self._finish(batches, dropped)
+                self.finish(batches, dropped)
 
     def _take(self) -> list[_Batch]:
         """Wait for batches: as many of one namespace as make one write; none once it is closed and idle."""
@@ -238,7 +240,8 @@ class _Writer:
             self._change.notify_all()
         return taken
 
-    def _finish(self, batches: Sequence[_Batch], dropped: int) -> None:
+    def finish(self, batches: Sequence[_Batch], dropped: int) -> None:
+        """Batches are through, and so many chunks of this tier were not stored."""
         for batch in batches:
             batch.through()
         with self._change:

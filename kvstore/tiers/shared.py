@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from kvstore.config import SharedTierConfig
 from kvstore.identity import KVIdentity
-from kvstore.jobs import IoPool, ReadJob
+from kvstore.jobs import IoPool, NothingRead, ReadJob
 from kvstore.keys import BlockKey
 from kvstore.slot import Rows, SlotCodec, Slots
 from kvstore.tiers.base import FoundChunks, LowerTier, SealedChunks, TierStats
@@ -33,7 +33,7 @@ from kvstore.tiers.health import TierHealth
 from kvstore.tiers.shared_gc import GcReport, collect_garbage
 from kvstore.tiers.shared_gc_thread import GcThread
 from kvstore.tiers.shared_lookup import Place, SharedLookup
-from kvstore.tiers.shared_read import MissedRead, ReadRequest, SharedReader, SharedReadJob
+from kvstore.tiers.shared_read import ReadRequest, SharedReader, SharedReadJob
 from kvstore.tiers.shared_tree import SharedRoot, SharedTree
 from kvstore.tiers.shared_write import SharedWriter
 
@@ -119,7 +119,7 @@ class SharedTier(LowerTier):
         if not self._usable():
             for place in places:
                 self.on_miss("off", place)
-            return MissedRead(len(places))
+            return NothingRead(len(places))
         request = ReadRequest(self._format(namespace), namespace, places, host_slots)
         return SharedReadJob(self._reader, self, request, deadline)
 

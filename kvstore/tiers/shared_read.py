@@ -74,22 +74,6 @@ class SharedReader:
         return dropped
 
 
-class MissedRead(ReadJob):
-    """A read of n chunks from a path that is off: all of them are misses."""
-
-    def __init__(self, n: int) -> None:
-        self._missing = list(range(n))
-
-    def __iter__(self) -> Iterator[tuple[int, bool]]:
-        while self._missing:
-            yield self._missing.pop(0), False
-
-    def abandon(self, release: Callable[[Indices], None]) -> None:
-        missing, self._missing = self._missing, []
-        if missing:
-            release(missing)
-
-
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
     """n chunks to be read into n slots, out of one namespace."""
