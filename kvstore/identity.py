@@ -22,14 +22,22 @@ _NOT_IMMUTABLE: Final = ("auto", "main", "master", "latest", "head")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """How one content is cut over processes. Equal placements only are served to each other."""
+    """How one content is cut over processes and laid out. Equal placements only are served to each other.
+
+    Args:
+        byte_layout: order of the dimensions in a slot, outermost first; an engine's own name
+            where its pages are stored as they are.
+    """
 
     tp_size: int = 1
     pp_size: int = 1
     first_layer: int = 0
     first_kv_head: int = 0
+    byte_layout: str = "LBKHTD"
 
     def __post_init__(self) -> None:
+        if not _is_text(self.byte_layout):
+            raise ConfigError(f"identity.placement.byte_layout: {self.byte_layout!r}; give a text that is not empty")
         for name, low in (("tp_size", 1), ("pp_size", 1), ("first_layer", 0), ("first_kv_head", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -107,7 +115,7 @@ class KVIdentity:
             "first_layer": self.placement.first_layer,
             "first_kv_head": self.placement.first_kv_head,
             "blocks_per_chunk": blocks_per_chunk,
-            "byte_layout": "LBKHTD",
+            "byte_layout": self.placement.byte_layout,
         }
 
     def digest(self) -> bytes:

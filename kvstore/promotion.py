@@ -28,28 +28,38 @@ _WINDOWS: Final = 3  # under way; more calls than an `IoPool` queues would make 
 
 
 class Promotion:
-    """One `get`'s way through the lower tiers."""
+    """One prefix's way up from the lower tiers.
 
-    def __init__(self, manager: TierManager, io: IoService, copier: Copier, rows: Rows, fmt: SlotFormat) -> None:
-        self._manager, self._io, self._copier, self._rows, self._fmt = manager, io, copier, rows, fmt
+    Args:
+        copier: copies on into a tensor; None where host memory is all that is wanted.
+    """
+
+    def __init__(
+        self, manager: TierManager, io: IoService, rows: Rows, fmt: SlotFormat, copier: Copier | None = None
+    ) -> None:
+        self._manager, self._io, self._rows, self._fmt, self._copier = manager, io, rows, fmt, copier
         self._window = max(1, _WINDOW_NBYTES // fmt.slot_nbytes)
 
-    def run(self, keys: Sequence[BlockKey], out: torch.Tensor, deadline: float) -> int:
+    def run(self, keys: Sequence[BlockKey], out: torch.Tensor | None, deadline: float) -> int:
         """Load the leading blocks from the first tier that has the head of them.
 
         Returns:
-            How many leading blocks are in out now. 0 where no lower tier has the first block,
-            or none of it could be had by the deadline.
+            How many leading blocks have come, and are in out now. 0 where no lower tier has the
+            first block, or none of it could be had by the deadline.
         """
-        epoch = self._manager.epoch
-        left = self._io.find_prefix(keys)
+        return self.load(self._io.find_prefix(keys), keys, out, deadline)
+
+    def load(self, found: Located, keys: Sequence[BlockKey], out: torch.Tensor | None, deadline: float) -> int:
+        """As `run`, of what was found already."""
+        epoch, left = self._manager.epoch, found
         under_way: deque[_Window] = deque()
         done = started = 0
         try:
             while len(left) or under_way:
                 if len(left) and len(under_way) < _WINDOWS:
                     room_by = time.monotonic() if under_way else deadline
-                    window = self._start(left, keys[started:], out[started:], room_by, deadline)
+                    rest = out[started:] if out is not None else None
+                    window = self._start(left, keys[started:], rest, room_by, deadline)
                     if window is not None:
                         under_way.append(window)
                         started += window.num_blocks
@@ -68,7 +78,7 @@ class Promotion:
         return done
 
     def _start(
-        self, left: Located, keys: Sequence[BlockKey], out: torch.Tensor, room_by: float, deadline: float
+        self, left: Located, keys: Sequence[BlockKey], out: torch.Tensor | None, room_by: float, deadline: float
     ) -> _Window | None:
         """Begin to read the next chunks; None where no host slot came free by ``room_by``."""
         slots = self._manager.reserve(min(len(left), self._window), room_by)
@@ -121,7 +131,8 @@ class Promotion:
         counts = np.minimum(window.counts[at], room)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         slots, first = np.repeat(window.slots[at], counts), np.repeat(positions, counts)
-        self._copier.load(slots, first + within, window.out, np.repeat(window.starts[at], counts) + within)
+        if self._copier is not None and window.out is not None:
+            self._copier.load(slots, first + within, window.out, np.repeat(window.starts[at], counts) + within)
         window.good[at] = counts == window.counts[at]
 
     def _chunk_keys(self, slots: Slots) -> NDArray[np.uint8]:
@@ -134,7 +145,7 @@ class _Window:
     """Chunks that are read together: [starts[i], starts[i] + counts[i]) are chunk i's blocks in out."""
 
     def __init__(
-        self, job: ReadJob, slots: Slots, counts: NDArray[np.int64], keys: NDArray[np.uint8], out: torch.Tensor
+        self, job: ReadJob, slots: Slots, counts: NDArray[np.int64], keys: NDArray[np.uint8], out: torch.Tensor | None
     ) -> None:
         self.job, self.slots, self.counts, self.keys, self.out = job, slots, counts, keys, out
         self.num_blocks = int(counts.sum())

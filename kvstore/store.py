@@ -10,7 +10,6 @@ Both sides of the design in one object: control plane (`manager`) and data plane
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -22,25 +21,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvstore.arena import HostArena, Sharing
 from kvstore.config import StoreConfig
 from kvstore.copier import Copier
 from kvstore.errors import ConfigError, StoreClosedError
-from kvstore.identity import INITIAL_EPOCH
-from kvstore.io_client import ProcessIo
-from kvstore.io_service import IoService, ThreadIo
 from kvstore.keys import BlockKey, keys_to_array
-from kvstore.manager import TierManager
-from kvstore.policy import make_policy
+from kvstore.planes import Planes
 from kvstore.promotion import Promotion
-from kvstore.slot import SlotCodec, SlotFormat, Slots, read_integrity_key
+from kvstore.slot import Slots
 from kvstore.tiers.base import TierStats
 from kvstore.tiers.device import DeviceTier
 
 logger = logging.getLogger(__name__)
 
 _PIECE_NBYTES: Final = 32 << 20
-_EPOCH_NBYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +58,16 @@ class TieredStore:
         self.config = config
         self.identity, self.layout = config.identity, config.identity.layout
         self.blocks_per_chunk = config.blocks_per_chunk
-        fmt = SlotFormat.of(self.identity, self.blocks_per_chunk)
-        self._codec = SlotCodec(fmt, read_integrity_key(config.integrity_key_file))
-        self._namespace = self.identity.namespace(INITIAL_EPOCH)
-        num_slots = config.host.num_blocks // self.blocks_per_chunk
-        make_policy(config.host.eviction_policy, 1)  # a wrong name stops the start before memory is taken
-        sharing: Sharing = "memfd" if config.io == "process" else "private"
-        self._arena = HostArena(num_slots, fmt.slot_nbytes, sharing=sharing)
-        self._manager = TierManager(num_slots, self.blocks_per_chunk, config.host.eviction_policy)
-        self._copier = Copier(self.layout, self.blocks_per_chunk, self._arena.rows)
+        self._planes = Planes(config)
+        self._manager, self._fmt = self._planes.manager, self._planes.fmt
+        self._copier = Copier(self.layout, self.blocks_per_chunk, self._planes.arena.rows)
         self._stats = TierStats(name="host")
         self._lock = threading.Lock()
-        self._resetting = threading.Lock()
-        self._lower_epoch = self._manager.epoch  # the epoch that the lower tiers look up in
         self._closed = False
-        self._device = DeviceTier(config.device, self.layout) if config.device is not None else None
-        self._io: IoService | None = None
         try:
-            if config.disk is not None or config.shared is not None:
-                start_io = ProcessIo if config.io == "process" else ThreadIo
-                self._io = start_io(config, self._arena, self._codec, self._namespace)
+            self._device = DeviceTier(config.device, self.layout) if config.device is not None else None
         except BaseException:
-            self._arena.close()
+            self._planes.close()
             raise
 
     # -- the four verbs
@@ -117,7 +98,7 @@ class TieredStore:
         present = len(wanted) if is_present.all() else int(is_present.argmin())
         start = max(0, present - (first_block + present) % per_chunk)  # cut chunks where others cut them
         end = start + (len(blocks) - start) // per_chunk * per_chunk
-        step = max(1, _PIECE_NBYTES // self._codec.fmt.slot_nbytes) * per_chunk
+        step = max(1, _PIECE_NBYTES // self._fmt.slot_nbytes) * per_chunk
         taken = start
         while present < len(wanted) and taken < end:
             part = slice(taken, min(taken + step, end))
@@ -141,8 +122,8 @@ class TieredStore:
         while hit < len(keys):
             found = self._device.prefix_hit(keys[hit:]) if self._device is not None else 0
             found = found or self._manager.prefix_hit(keys[hit:])
-            if not found and self._io is not None and self._lower_epoch == self._manager.epoch:
-                found = self._io.find_prefix(keys[hit:]).chunks.total_keys
+            if not found and (io := self._planes.below()) is not None:
+                found = io.find_prefix(keys[hit:]).chunks.total_keys
             if not found:
                 break
             hit += found
@@ -184,7 +165,8 @@ class TieredStore:
             there is no lower tier.
         """
         self._check_open()
-        return self._io.flush(time.monotonic() + timeout_s) if self._io is not None else True
+        io = self._planes.io
+        return io.flush(time.monotonic() + timeout_s) if io is not None else True
 
     # -- control
 
@@ -196,16 +178,9 @@ class TieredStore:
         later openers too; other processes' data, and a shared path's, stays theirs.
         """
         self._check_open()
-        with self._resetting:
-            with self._lock:  # from here on nothing old is published, and lower tiers are not asked
-                self._lower_epoch = -1
-                self._namespace = self.identity.namespace(os.urandom(_EPOCH_NBYTES))
-                epoch = self._manager.reset()
-            if self._device is not None:
-                self._device.reset()
-            if self._io is not None:
-                self._io.set_namespace(self._namespace)
-            self._lower_epoch = epoch
+        self._planes.reset()
+        if self._device is not None:
+            self._device.reset()
 
     def purge(self, keys: Sequence[BlockKey]) -> int:
         """Delete every chunk that holds one of these keys, in all tiers, so that no rebuilt
@@ -213,20 +188,19 @@ class TieredStore:
         self._check_open()
         if self._device is not None:
             self._device.drop(keys)
-        deleted = self._manager.drop(keys)
-        return max(deleted, self._io.purge(keys)) if self._io is not None else deleted
+        return self._planes.purge(keys)
 
     def stats(self) -> StoreStats:
         """Counters and sizes of every tier."""
         ready, pinned, evicted = self._manager.usage()
-        per_chunk, nbytes = self.blocks_per_chunk, self._codec.fmt.slot_nbytes
+        per_chunk, nbytes = self.blocks_per_chunk, self._fmt.slot_nbytes
         with self._lock:
             host = self._stats
-            host.capacity_blocks, host.capacity_nbytes = self._manager.num_slots * per_chunk, self._arena_nbytes
+            host.capacity_blocks, host.capacity_nbytes = self._manager.num_slots * per_chunk, self._planes.host_nbytes
             host.used_blocks, host.used_nbytes = ready * per_chunk, ready * nbytes
             host.pinned_blocks, host.evicted_blocks = pinned * per_chunk, evicted * per_chunk
         upper = [] if self._device is None else [self._device.stats()]
-        lower = [] if self._io is None else self._io.stats()
+        lower = [] if self._planes.io is None else self._planes.io.stats()
         return StoreStats({stats.name: replace(stats) for stats in (*upper, host, *lower)})
 
     def close(self) -> None:
@@ -235,11 +209,9 @@ class TieredStore:
             if self._closed:
                 return
             self._closed = True
-        if self._io is not None:
-            self._io.close()
         if self._device is not None:
             self._device.close()
-        self._arena.close()
+        self._planes.close()
 
     def __enter__(self) -> Self:
         return self
@@ -250,15 +222,6 @@ class TieredStore:
         self.close()
 
     # -- inside
-
-    @property
-    def _num_pins(self) -> int:
-        """Pins of a chunk that was put: write-behind's."""
-        return 0 if self._io is None else 1
-
-    @property
-    def _arena_nbytes(self) -> int:
-        return self._manager.num_slots * self._codec.fmt.slot_nbytes
 
     def _put_chunks(
         self,
@@ -274,16 +237,13 @@ class TieredStore:
         known_absent = None if is_present.any() else absent_as_of
         todo = np.flatnonzero(~is_present.reshape(total, per_chunk).all(axis=1))
         while done < len(todo):
-            with self._lock:
-                epoch, namespace = self._manager.epoch, self._namespace
+            current = self._planes.current()
             slots = self._manager.reserve(len(todo) - done, deadline)
             if not len(slots):
                 return int(todo[done]) * per_chunk
             part = todo[done : done + len(slots)]
             self._fill(part, slots, blocks)
-            kept = self._manager.publish(slots, all_keys[part], epoch, pins=self._num_pins, absent_as_of=known_absent)
-            if self._io is not None and kept.any():
-                self._io.store(slots[kept], all_keys[part][kept], namespace, self._manager.unpin)
+            self._planes.publish(slots, all_keys[part], current, absent_as_of=known_absent)
             done += len(slots)
         return total * per_chunk
 
@@ -299,15 +259,15 @@ class TieredStore:
         except BaseException:
             self._manager.give_back(slots)
             raise
-        nbytes = len(slots) * self._codec.fmt.payload_nbytes
+        nbytes = len(slots) * self._fmt.payload_nbytes
         self._count(written_nbytes=nbytes, write_s=time.monotonic() - start)
 
     def _get_from_below(self, keys: Sequence[BlockKey], out: torch.Tensor, deadline: float) -> int:
         """Load leading blocks from host memory, else from the lower tiers; the device keeps them."""
         device_epoch = self._device.epoch if self._device is not None else 0
         loaded = self._get_from_host(keys, out)
-        if not loaded and self._io is not None and self._lower_epoch == self._manager.epoch:
-            promotion = Promotion(self._manager, self._io, self._copier, self._arena.rows, self._codec.fmt)
+        if not loaded and (io := self._planes.below()) is not None:
+            promotion = Promotion(self._manager, io, self._planes.arena.rows, self._fmt, self._copier)
             loaded = promotion.run(keys, out, deadline)
         if loaded and self._device is not None:
             self._device.put(keys[:loaded], out[:loaded], device_epoch)

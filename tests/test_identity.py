@@ -26,7 +26,13 @@ OTHER_CONTENT: list[dict[str, Any]] = [
     {"hash_seed": "1"},
 ]
 OTHER_LAYOUT_CONTENT: list[dict[str, Any]] = [{"head_size": 16}, {"block_size": 8}, {"dtype": torch.float16}]
-OTHER_PLACEMENT: list[dict[str, Any]] = [{"tp_size": 2}, {"pp_size": 2}, {"first_layer": 1}, {"first_kv_head": 1}]
+OTHER_PLACEMENT: list[dict[str, Any]] = [
+    {"byte_layout": "LBHNC"},
+    {"tp_size": 2},
+    {"pp_size": 2},
+    {"first_layer": 1},
+    {"first_kv_head": 1},
+]
 
 
 @pytest.mark.parametrize("change", OTHER_CONTENT)

@@ -22,7 +22,7 @@ LAYERS = {
     "bytes": "slot direct_io arena jobs copier",
     "who holds what": "allocator index policy slot_table lookup_buffer",
     "tiers": "tiers",
-    "decisions": "manager promotion write_behind io_messages io_service io_connection io_client io_process store"
+    "decisions": "manager promotion write_behind io_messages io_service io_connection io_client io_process planes store"
     " events metrics",
     "for others": "export testing",
 }

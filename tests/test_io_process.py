@@ -27,14 +27,13 @@ def test_what_is_purged_while_the_process_is_down_stays_away(tmp_path: Path) -> 
         os.kill(process_id(store), signal.SIGKILL)
         store.purge(keys[:12])
         wait_until(lambda: store.prefix_hit(keys[12:]) == 12 and store.flush())
-        store._manager.reset()  # host memory forgets: what is found now is on disk
-        store._lower_epoch = store._manager.epoch
+        store._planes.forget_host()  # what is found now is on disk
         wait_until(lambda: store.prefix_hit(keys[12:]) == 12)
         assert [store.prefix_hit([key]) for key in keys[:12]] == [0] * 12
 
 
 def process_id(store: TieredStore) -> int:
-    return store._io._connection._process.pid  # type: ignore[union-attr]
+    return store._planes.io._connection._process.pid  # type: ignore[union-attr]
 
 
 def test_a_killed_process_is_misses_and_is_started_again(tmp_path: Path) -> None:
@@ -97,7 +96,7 @@ from tests.waiting import wait_until
 from tests.waiting import wait_until
 store = Stores(Path({str(tmp_path)!r}), 1, "process").open("disk")
 store.put(make_keys(8), make_blocks(8))
-print(store._io._connection._process.pid, flush=True)
+print(store._planes.io._connection._process.pid, flush=True)
 import time; time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:

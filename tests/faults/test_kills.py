@@ -173,7 +173,7 @@ def test_a_forked_child_holds_nothing_of_its_parents(tmp_path: Path) -> None:
     if parent == 0:
         torch.set_num_threads(1)
         store = open_store(tmp_path)
-        volume = store._io._tiers[0]._keeper.volume  # type: ignore[union-attr]
+        volume = store._planes.io._tiers[0]._keeper.volume  # type: ignore[union-attr]
         volume.writer.reserve(100)  # locked, as during a write
         child = os.fork()
         if child:

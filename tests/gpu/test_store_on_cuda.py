@@ -29,7 +29,7 @@ def make(seed: int) -> tuple[list, torch.Tensor]:  # type: ignore[type-arg]
 
 def test_the_arena_is_pinned() -> None:
     with make_store() as store:
-        assert torch.from_numpy(store._arena.rows[0]).is_pinned()
+        assert torch.from_numpy(store._planes.arena.rows[0]).is_pinned()
 
 
 @pytest.mark.parametrize("device_blocks", [0, NUM_BLOCKS // 2])

@@ -147,8 +147,7 @@ def open_store(slot_nbytes: int, num_blocks: int, disk: Path | None = None, **se
 
 def forget_host(store: TieredStore) -> None:
     """Empty the host tier and leave the lower ones as they are, so that the next get reads from them."""
-    store._manager.reset()
-    store._lower_epoch = store._manager.epoch
+    store._planes.forget_host()
 
 
 def put_durably(store: TieredStore, keys: list[BlockKey], blocks: torch.Tensor) -> None:

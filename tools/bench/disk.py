@@ -72,7 +72,7 @@ def _churn(path: Path, slot_nbytes: int, n: int, rounds: int) -> Row:
         put_so_far = 0
         while put_so_far < _CHURN_TURNOVERS * n:
             if recent and rng.random() < _CHURN_HIT_RATIO:
-                store._io.find_prefix(recent[int(rng.integers(len(recent)))])  # type: ignore[union-attr]
+                store._planes.io.find_prefix(recent[int(rng.integers(len(recent)))])  # type: ignore[union-attr]
                 continue
             keys = random_keys(int(rng.integers(1, length)))
             put_durably(store, keys, blocks[: len(keys)])
@@ -151,7 +151,7 @@ def _get(store: TieredStore, keys: list[BlockKey], blocks: torch.Tensor) -> Meas
 
 
 def _slots(store: TieredStore, keys: list[BlockKey]) -> np.ndarray:
-    tier = store._io._tiers[0]  # type: ignore[union-attr]
+    tier = store._planes.io._tiers[0]  # type: ignore[union-attr]
     assert isinstance(tier, DiskTier)
     assert tier._keeper.volume is not None
     return tier._keeper.volume.view.find(keys)[0]

@@ -46,7 +46,7 @@ class _Bench:
 
     def __init__(self, store: TieredStore, batch: int, rounds: int) -> None:
         self._store, self._batch, self._rounds = store, batch, rounds
-        self._slot_nbytes = store._codec.fmt.slot_nbytes
+        self._slot_nbytes = store._planes.fmt.slot_nbytes
 
     def bare(self) -> Iterator[Row]:
         """Nothing below host memory."""

@@ -1,0 +1,115 @@
+"""Host memory and what lies below it: the arena, who decides what is in it, and the I/O service.
+
+What a store and an engine's scheduler have in common. An epoch ties the parts together: what
+was promised, published or looked up in an old one never counts in the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+from kvstore.arena import HostArena, Sharing
+from kvstore.config import StoreConfig
+from kvstore.identity import INITIAL_EPOCH
+from kvstore.io_client import ProcessIo
+from kvstore.io_service import IoService, ThreadIo
+from kvstore.keys import BlockKey
+from kvstore.manager import TierManager
+from kvstore.policy import make_policy
+from kvstore.slot import KeyArray, SlotCodec, SlotFormat, Slots, read_integrity_key
+
+_EPOCH_NBYTES: Final = 16
+
+
+class Planes:
+    """Owns the arena and the I/O service; `close` gives both back. Thread-safe.
+
+    Args:
+        shared_arena: other processes map the arena too (a memfd).
+
+    Attributes:
+        io: None where there is no lower tier.
+    """
+
+    io: IoService | None
+
+    def __init__(self, config: StoreConfig, *, shared_arena: bool = False) -> None:
+        """Raises ConfigError: a setting is wrong, a directory holds another identity, or the
+        host memory cannot be had. Nothing is left open."""
+        self._identity = config.identity
+        self.fmt = SlotFormat.of(config.identity, config.blocks_per_chunk)
+        codec = SlotCodec(self.fmt, read_integrity_key(config.integrity_key_file))
+        num_slots = config.host.num_blocks // config.blocks_per_chunk
+        make_policy(config.host.eviction_policy, 1)  # a wrong name stops the start before memory is taken
+        sharing: Sharing = "memfd" if config.io == "process" or shared_arena else "private"
+        self.arena = HostArena(num_slots, self.fmt.slot_nbytes, sharing=sharing)
+        self.manager = TierManager(num_slots, config.blocks_per_chunk, config.host.eviction_policy)
+        self._namespace = self._identity.namespace(INITIAL_EPOCH)
+        self._lower_epoch = self.manager.epoch  # the epoch that the lower tiers look up in
+        self._lock = threading.Lock()
+        self._resetting = threading.Lock()
+        self.io = None
+        try:
+            if config.disk is not None or config.shared is not None:
+                start_io = ProcessIo if config.io == "process" else ThreadIo
+                self.io = start_io(config, self.arena, codec, self._namespace)
+        except BaseException:
+            self.arena.close()
+            raise
+
+    @property
+    def host_nbytes(self) -> int:
+        return self.manager.num_slots * self.fmt.slot_nbytes
+
+    def current(self) -> tuple[int, bytes]:
+        """(epoch, namespace) of what is filled from now on."""
+        with self._lock:
+            return self.manager.epoch, self._namespace
+
+    def publish(
+        self, slots: Slots, keys: KeyArray, filled_in: tuple[int, bytes], *, absent_as_of: int | None = None
+    ) -> None:
+        """Make filled slots ready, prefix first, and write them behind to the lower tiers.
+
+        Args:
+            filled_in: `current` when the slots were reserved; in another epoch they are freed.
+            absent_as_of: see `TierManager.publish`.
+        """
+        epoch, namespace = filled_in
+        pins = 0 if self.io is None else 1
+        kept = self.manager.publish(slots, keys, epoch, pins=pins, absent_as_of=absent_as_of)
+        if self.io is not None and kept.any():
+            self.io.store(slots[kept], keys[kept], namespace, self.manager.unpin)
+
+    def below(self) -> IoService | None:
+        """The lower tiers, where there are any that look up in the epoch in effect."""
+        return self.io if self._lower_epoch == self.manager.epoch else None
+
+    def reset(self) -> None:
+        """Go on under a fresh random epoch, in every tier."""
+        with self._resetting:
+            with self._lock:  # from here on nothing old is published, and lower tiers are not asked
+                self._lower_epoch = -1
+                self._namespace = self._identity.namespace(os.urandom(_EPOCH_NBYTES))
+                epoch = self.manager.reset()
+            if self.io is not None:
+                self.io.set_namespace(self._namespace)
+            self._lower_epoch = epoch
+
+    def forget_host(self) -> None:
+        """Empty host memory and leave the lower tiers as they are: for measurements."""
+        self._lower_epoch = self.manager.reset()
+
+    def purge(self, keys: Sequence[BlockKey]) -> int:
+        """Delete chunks that hold one of these keys; returns how many were deleted."""
+        deleted = self.manager.drop(keys)
+        return max(deleted, self.io.purge(keys)) if self.io is not None else deleted
+
+    def close(self) -> None:
+        """Finish write-behind, then release everything."""
+        if self.io is not None:
+            self.io.close()
+        self.arena.close()
