@@ -62,14 +62,14 @@ class HostArena:
         self._pinned = _pin(self.rows)
 
     @classmethod
-    def attach(cls, fd: int, num_slots: int, slot_nbytes: int) -> HostArena:
-        """Map another process's arena; takes over ``fd``."""
+    def attach(cls, fd: int, num_slots: int, slot_nbytes: int, *, pin: bool = False) -> HostArena:
+        """Map another process's arena; takes over ``fd``. Pinned too where this process copies to a device."""
         if os.fstat(fd).st_size != num_slots * slot_nbytes:
             raise ConfigError(f"arena of {os.fstat(fd).st_size} bytes is not {num_slots} slots of {slot_nbytes}")
         arena = cls.__new__(cls)
         arena.fd = fd
         arena._map(num_slots, slot_nbytes)
-        arena._pinned = False
+        arena._pinned = pin and _pin(arena.rows)
         return arena
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ the pinned slots, all on the caller's stream, and are waited for.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -92,8 +93,7 @@ class Copier:
             return
         sources = (self._payload.ctypes.data + slots * self._payload.strides[0]).tolist()
         targets = (target.ctypes.data + places * nbytes).tolist()
-        for place, source in zip(targets, sources, strict=True):
-            _memmove(place, source, nbytes)
+        move_each(targets, sources, nbytes)
 
     def _load_blocks(
         self, slots: Slots, positions: NDArray[np.int64], out: torch.Tensor, places: NDArray[np.int64]
@@ -113,6 +113,12 @@ class Copier:
             target, source = (row, block) if to_slots else (block, row)
             target.copy_(source, non_blocking=True)
         torch.cuda.current_stream(blocks.device).synchronize()
+
+
+def move_each(targets: Sequence[int], sources: Sequence[int], nbytes: int) -> None:
+    """Copy ``nbytes`` from each source address to its target; both must be valid for as many."""
+    for target, source in zip(targets, sources, strict=True):
+        _memmove(target, source, nbytes)
 
 
 def _bytes_of(blocks: torch.Tensor) -> NDArray[np.uint8]:

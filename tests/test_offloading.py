@@ -1,0 +1,248 @@
+"""The halves of the offloading connector, without an engine: a paged cache of our own stands for its memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, KVLayout, SharedTierConfig, StoreConfig
+from kvstore.keys import hash_blocks
+from tests.waiting import wait_until
+
+LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_size=8, block_size=4, dtype=torch.bfloat16)
+IDENTITY = KVIdentity(model="m", revision="r1", layout=LAYOUT)
+NUM_BLOCKS = 32  # of an engine's cache
+PAGE_NBYTES = LAYOUT.layer_nbytes
+
+
+def make_keys(n: int, seed: int = 0) -> list[BlockKey]:
+    return hash_blocks([seed * 100_000 + i for i in range(n * 4)], block_size=4, identity=IDENTITY)
+
+
+class Engine:
+    """One scheduler and its workers, in step."""
+
+    def __init__(self, path: Path | None, *, host_blocks: int = 64, per_chunk: int = 1, num_workers: int = 1) -> None:
+        self.scheduler = OffloadingScheduler(
+            StoreConfig(
+                identity=IDENTITY,
+                host=HostTierConfig(num_blocks=host_blocks),
+                disk=DiskTierConfig(path=str(path / "disk"), capacity_nbytes=8 << 20) if path else None,
+                shared=SharedTierConfig(path=str(path / "shared"), capacity_nbytes=8 << 20) if path else None,
+                blocks_per_chunk=per_chunk,
+                io="process" if path else "thread",
+                put_timeout_s=0.0,
+            ),
+            num_workers,
+        )
+        page = PAGE_NBYTES // num_workers
+        self.caches = [torch.zeros((3, NUM_BLOCKS, page), dtype=torch.uint8) for _ in range(num_workers)]
+        self.workers = [
+            OffloadingWorker(rank, num_workers, list(cache), per_chunk) for rank, cache in enumerate(self.caches)
+        ]
+
+    def fill(self, blocks: list[int], seed: int) -> torch.Tensor:
+        """Compute something into blocks; what each of them holds then, (workers, layers, n, page)."""
+        generator = torch.Generator().manual_seed(seed)
+        for cache in self.caches:
+            cache[:, blocks] = torch.randint(256, (3, len(blocks), cache.shape[2]), generator=generator).to(torch.uint8)
+        return self.content(blocks)
+
+    def content(self, blocks: list[int]) -> torch.Tensor:
+        return torch.stack([cache[:, blocks] for cache in self.caches])
+
+    def step(self) -> None:
+        step = self.scheduler.end_step()
+        for worker in self.workers:
+            worker.load(step)
+            worker.store(step)
+        for worker in self.workers:
+            self.scheduler.reported(worker.take_reports())
+
+    def lookup(self, request: str, keys: list[BlockKey]) -> int:
+        """Ask, step by step, until there is an answer."""
+        answers: list[int | None] = []
+
+        def answered() -> bool:
+            answers.append(self.scheduler.lookup(request, keys))
+            if answers[-1] is None:
+                self.step()
+            return answers[-1] is not None
+
+        wait_until(answered)
+        assert answers[-1] is not None
+        return answers[-1]
+
+    def pinned(self) -> int:
+        return self.scheduler.stats()["host"]["pinned_blocks"]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+        self.scheduler.close()
+
+
+@pytest.fixture(params=[(1, 1), (4, 1), (1, 2), (2, 2)], ids=lambda p: f"chunks of {p[0]}, {p[1]} workers")
+def shape(request: pytest.FixtureRequest) -> tuple[int, int]:
+    per_chunk, num_workers = request.param
+    return per_chunk, num_workers
+
+
+@pytest.fixture
+def engine(shape: tuple[int, int]) -> Iterator[Engine]:
+    engine = Engine(None, per_chunk=shape[0], num_workers=shape[1])
+    yield engine
+    engine.close()
+
+
+def test_what_was_stored_is_loaded_into_other_blocks(engine: Engine) -> None:
+    keys, stored = make_keys(8), engine.fill(list(range(8)), seed=1)
+    engine.scheduler.store(keys, list(range(8)))
+    assert engine.scheduler.has_open_jobs()
+    engine.step()
+    assert not engine.scheduler.has_open_jobs()
+    engine.fill(list(range(NUM_BLOCKS)), seed=2)
+    assert engine.lookup("r", [*keys, *make_keys(2, seed=9)]) == 8
+    engine.scheduler.load("r", [20, 11, 25, 13, 9, 8, 31])  # seven of the eight
+    engine.step()
+    assert torch.equal(engine.content([20, 11, 25, 13, 9, 8, 31]), stored[:, :, :7])
+    assert engine.pinned() == 0
+
+
+def test_a_hit_begins_in_the_engines_own_cache_and_goes_on_in_ours(engine: Engine) -> None:
+    keys, stored = make_keys(8), engine.fill(list(range(8)), seed=1)
+    engine.scheduler.store(keys, list(range(8)))
+    engine.step()
+    assert engine.lookup("r", keys[3:]) == 5
+    engine.scheduler.load("r", [10, 11, 12, 13, 14])
+    engine.step()
+    assert torch.equal(engine.content([10, 11, 12, 13, 14]), stored[:, :, 3:])
+
+
+def test_nothing_is_found_before_it_has_been_copied(engine: Engine) -> None:
+    engine.scheduler.store(make_keys(4), [0, 1, 2, 3])
+    assert engine.lookup("r", make_keys(4)) == 0
+    engine.step()
+    assert engine.lookup("r", make_keys(4)) == 4
+
+
+def test_a_promise_ends_with_the_step(engine: Engine) -> None:
+    engine.scheduler.store(make_keys(4), [0, 1, 2, 3])
+    engine.step()
+    assert engine.lookup("r", make_keys(4)) == 4
+    assert engine.lookup("r", make_keys(4)) == 4  # asked again: pinned once
+    assert engine.pinned() == 4
+    engine.step()  # the answer was ignored
+    assert engine.pinned() == 0
+    assert engine.lookup("r", make_keys(4)) == 4
+    engine.scheduler.forget("r")
+    assert engine.pinned() == 0
+
+
+def test_more_than_was_promised_is_refused() -> None:
+    engine = Engine(None)
+    try:
+        engine.scheduler.store(make_keys(4), [0, 1, 2, 3])
+        engine.step()
+        engine.lookup("r", make_keys(4))
+        with pytest.raises(ValueError, match="5 blocks are to be loaded, 4 were promised"):
+            engine.scheduler.load("r", [1, 2, 3, 4, 5])
+        assert engine.pinned() == 0
+    finally:
+        engine.close()
+
+
+def test_where_there_is_no_room_the_tail_is_dropped() -> None:
+    engine = Engine(None, host_blocks=6)
+    try:
+        engine.scheduler.store(make_keys(10), list(range(10)))
+        engine.step()
+        assert engine.lookup("r", make_keys(10)) == 6
+        assert engine.scheduler.stats()["host"]["dropped_blocks"] == 4
+    finally:
+        engine.close()
+
+
+def test_a_reset_hides_what_was_stored_and_what_is_on_its_way(engine: Engine) -> None:
+    engine.scheduler.store(make_keys(4), [0, 1, 2, 3])
+    engine.step()
+    engine.scheduler.store(make_keys(4, seed=1), [4, 5, 6, 7])
+    engine.scheduler.reset()
+    engine.step()
+    assert engine.lookup("r", make_keys(4)) == 0
+    assert engine.lookup("s", make_keys(4, seed=1)) == 0
+
+
+def test_a_job_out_of_bounds_copies_nothing(engine: Engine) -> None:
+    engine.scheduler.store(make_keys(4), [0, 1, 2, NUM_BLOCKS])
+    with pytest.raises(IndexError, match="out of bounds"):
+        engine.step()
+
+
+def test_after_a_restart_the_disk_answers(tmp_path: Path, shape: tuple[int, int]) -> None:
+    per_chunk, num_workers = shape
+    engine = Engine(tmp_path, per_chunk=per_chunk, num_workers=num_workers)
+    stored = engine.fill(list(range(8)), seed=1)
+    engine.scheduler.store(make_keys(8), list(range(8)))
+    engine.step()
+    assert engine.scheduler.flush(30)
+    engine.close()
+    engine = Engine(tmp_path, per_chunk=per_chunk, num_workers=num_workers)
+    try:
+        engine.scheduler.begin("r", make_keys(8))
+        assert engine.lookup("r", make_keys(8)) == 8
+        assert engine.lookup("s", make_keys(8)) == 8  # shares the prefix: it is in host memory now
+        engine.scheduler.load("r", list(range(10, 18)))
+        engine.step()
+        assert torch.equal(engine.content(list(range(10, 18))), stored)
+        assert engine.pinned() == 0
+    finally:
+        engine.close()
+
+
+def test_requests_that_share_a_prefix_bring_it_up_once(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.scheduler.store(make_keys(8), list(range(8)))
+    engine.step()
+    assert engine.scheduler.flush(30)
+    engine.close()
+    engine = Engine(tmp_path)
+    try:
+        engine.scheduler.begin("long", make_keys(8))
+        engine.scheduler.begin("short", make_keys(8)[:4])
+        engine.scheduler.begin("other", [*make_keys(8)[:4], *make_keys(4, seed=5)])
+        assert engine.lookup("short", make_keys(8)[:4]) == 4
+        assert engine.lookup("other", [*make_keys(8)[:4], *make_keys(4, seed=5)]) == 4
+        assert engine.lookup("long", make_keys(8)) == 8
+        assert engine.scheduler.stats()["disk"]["hit_blocks"] == 8
+    finally:
+        engine.close()
+
+
+def test_the_scheduler_never_waits_for_storage(tmp_path: Path) -> None:
+    """While the I/O process is stopped, answers take no longer; and past the deadline it is a miss."""
+    import os
+    import signal
+
+    engine = Engine(tmp_path)
+    engine.scheduler.store(make_keys(8), list(range(8)))
+    engine.step()
+    assert engine.scheduler.flush(30)
+    engine.scheduler._planes.forget_host()
+    pid = engine.scheduler._planes.io._connection._process.pid  # type: ignore[union-attr]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        for _ in range(10):
+            assert engine.scheduler.lookup("r", make_keys(8)) is None
+            engine.step()
+        assert time.monotonic() - start < 1.5  # the find itself may take two seconds
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert engine.lookup("r", make_keys(8)) in (0, 8)
+    engine.close()
