@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _SAMPLE: Final = 256  # elements of a tensor
 _PIECE_NBYTES: Final = 64 << 20
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 
 
 def cache_root() -> Path:
@@ -47,7 +48,7 @@ def weights_digest(state: Mapping[str, torch.Tensor], files: Sequence[Path] = ()
     for name, tensor in state.items():
         if tensor.is_meta:
             raise ConfigError(f"the weight {name} is not in memory, so it has no digest; give revision=")
-    entry = _cache_entry(state, files)
+    entry = _cache_entry(files, _digest(state, _sample)) if files else None
     if entry is not None and (known := _read(entry)):
         return known
     digest = _digest(state, _all)
@@ -56,9 +57,26 @@ def weights_digest(state: Mapping[str, torch.Tensor], files: Sequence[Path] = ()
     return digest
 
 
-def _cache_entry(state: Mapping[str, torch.Tensor], files: Sequence[Path]) -> Path | None:
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the weight files of a folder and their names, as hex.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS) if folder.is_dir() else [folder]
     if not files:
-        return None
+        raise ConfigError(f"{folder}: no weight files ({', '.join(_WEIGHTS)}); give model_revision")
+    entry = _cache_entry(files, "files")
+    if entry is not None and (known := _read(entry)):
+        return known
+    digest = _digest_files(files)
+    if entry is not None:
+        _write(entry, digest)
+    return digest
+
+
+def _cache_entry(files: Sequence[Path], what: str) -> Path | None:
+    """Where the digest of ``what`` of these files is kept, as long as they stay what they are; None: nowhere."""
     try:
         stats = [(str(file.resolve()), file.stat()) for file in sorted(files)]
         folder = cache_root() / "digests"
@@ -67,11 +85,12 @@ def _cache_entry(state: Mapping[str, torch.Tensor], files: Sequence[Path]) -> Pa
         logger.info("weights digests are not kept: %s", e)
         return None
     known = [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = json.dumps([known, _digest(state, _sample)])
+    key = json.dumps([known, what])
     return folder / hashlib.sha256(key.encode()).hexdigest()
 
 
 def _read(entry: Path) -> str:
+    """The digest that is kept there; "" for none."""
     try:
         text = entry.read_text()
     except (OSError, ValueError):
@@ -97,6 +116,19 @@ def _digest(state: Mapping[str, torch.Tensor], pieces: Callable[[torch.Tensor], 
         h.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         for piece in pieces(tensor.reshape(-1)):
             h.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def _digest_files(files: Sequence[Path]) -> str:
+    h = hashlib.sha256()
+    try:
+        for file in files:
+            h.update(json.dumps([file.name, file.stat().st_size]).encode())
+            with file.open("rb") as f:
+                while piece := f.read(_PIECE_NBYTES):
+                    h.update(piece)
+    except OSError as e:
+        raise ConfigError(f"{e.filename}: cannot be read for its digest ({e.strerror})") from e
     return h.hexdigest()
 
 

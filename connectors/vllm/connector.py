@@ -1,0 +1,267 @@
+"""vLLM's connector interface over the halves in `connectors.offloading`: an adapter, nothing else.
+
+Loads are synchronous: what is promised lies verified in pinned host memory, so the workers
+copy it at the start of the step that computes on (on CUDA: enqueued before it). Stores are
+copied when the step has been computed, before its blocks can be reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from connectors.base import Step
+from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from connectors.vllm.identity import UnsupportedEngineError, identity_of
+from connectors.vllm.settings import Settings
+from connectors.weights_digest import folder_digest
+from kvstore.keys import BlockKey
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+_GIB: Final = 1 << 30
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    step: Step
+
+
+@dataclass
+class Reports(KVConnectorWorkerMetadata):
+    """How many workers have done each job."""
+
+    reports: dict[int, int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Reports:
+        assert isinstance(other, Reports)
+        total = dict(self.reports)
+        for number, n in other.reports.items():
+            total[number] = total.get(number, 0) + n
+        return Reports(total)
+
+
+class KVStoreOffloadingConnector(KVConnectorBase_V1):
+    """KV in host memory, and below it on disk and on a shared path.
+
+    ``kv_connector_extra_config``: see `connectors.vllm.settings.Settings`. ``kv_role`` says
+    whether it stores (``kv_producer``), loads (``kv_consumer``) or both.
+    """
+
+    _cache_hit_source = CacheHitSource.HOST
+    _required: ClassVar[tuple[str, ...]] = ()
+    _default_host_nbytes: ClassVar[int] = 4 * _GIB
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = self._kv_transfer_config.kv_connector_extra_config or {}
+        settings = Settings.of(extra, self._required)
+        identity = identity_of(vllm_config, kv_cache_config, settings.model_revision)
+        self._store_config = settings.store_config(identity, default_host_nbytes=self._default_host_nbytes)
+        self._block_size = identity.layout.block_size
+        self._tp_size = vllm_config.parallel_config.tensor_parallel_size
+        self._worker: OffloadingWorker | None = None
+        self._scheduler: OffloadingScheduler | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = OffloadingScheduler(self._store_config, self._tp_size)
+        self._requests: dict[str, _Request] = {}
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a cache: what is not stored is computed again
+
+    # -- worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.distributed.parallel_state import get_tp_group
+
+        names = self._kv_cache_config.kv_cache_groups[0].layer_names
+        num_blocks = self._kv_cache_config.num_blocks
+        page_nbytes = self._store_config.identity.layout.layer_nbytes // self._tp_size
+        planes = [plane for name in names for plane in planes_of(name, kv_caches[name], num_blocks, page_nbytes)]
+        rank, per_chunk = get_tp_group().rank_in_group, self._store_config.blocks_per_chunk
+        self._worker = OffloadingWorker(rank, self._tp_size, planes, per_chunk)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.load(self._step())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return  # loaded before the first layer
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        return  # stored once the step is computed
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.store(self._step())
+
+    def build_connector_worker_meta(self) -> Reports | None:
+        reports = self._worker.take_reports() if self._worker is not None else {}
+        return Reports(reports) if reports else None
+
+    def _step(self) -> Step:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        return metadata.step
+
+    # -- scheduler
+
+    @property
+    def scheduler(self) -> OffloadingScheduler:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    def on_new_request(self, request: Request) -> None:
+        if self._kv_transfer_config.is_kv_consumer:
+            keys = self._state(request).loadable_keys(0)
+            if keys:
+                self.scheduler.begin(request.request_id, keys)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if not self._kv_transfer_config.is_kv_consumer or request.skip_reading_prefix_cache:
+            return 0, False
+        state = self._state(request)
+        state.first = num_computed_tokens // self._block_size
+        keys = state.loadable_keys(state.first)
+        found = self.scheduler.lookup(request.request_id, keys) if keys else 0
+        return (None if found is None else found * self._block_size), False
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        n = num_external_tokens // self._block_size
+        if n:
+            first = self._state(request).first
+            self.scheduler.load(request.request_id, blocks.get_block_ids()[0][first : first + n])
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        if self._kv_transfer_config.is_kv_producer:
+            cached = scheduler_output.scheduled_cached_reqs
+            computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+            computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+                if request_id in computed and request_id in self._requests:
+                    self._store(request_id, computed[request_id] + num_tokens)
+        return StepMetadata(self.scheduler.end_step())
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        reports = connector_output.kv_connector_worker_meta
+        if isinstance(reports, Reports):
+            self.scheduler.reported(reports.reports)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._requests.pop(request.request_id, None)
+        self.scheduler.forget(request.request_id)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        return self.scheduler.has_open_jobs()
+
+    def reset_cache(self) -> bool | None:
+        self.scheduler.reset()
+        return True
+
+    # -- both
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+        if self._scheduler is not None:
+            self._scheduler.close()
+            self._scheduler = None
+
+    def _state(self, request: Request) -> _Request:
+        state = self._requests.get(request.request_id)
+        if state is None:
+            state = self._requests[request.request_id] = _Request(request, self._block_size)
+        return state
+
+    def _store(self, request_id: str, num_computed_tokens: int) -> None:
+        """Store the blocks that this step fills with tokens that are known: drafts may be rejected."""
+        state, per_chunk = self._requests[request_id], self._store_config.blocks_per_chunk
+        full = min(num_computed_tokens, state.request.num_tokens) // self._block_size
+        full = min(full, len(state.keys()))
+        full -= full % per_chunk
+        if full <= state.stored:
+            return
+        assert self._kv_cache_manager is not None
+        blocks = self._kv_cache_manager.get_block_ids(request_id)[0]
+        self.scheduler.store(state.keys()[state.stored : full], blocks[state.stored : full])
+        state.stored = full
+
+
+class KVStoreSharedStorageConnector(KVStoreOffloadingConnector):
+    """KV on a path that hosts share, written by one engine and read by others; host memory is its way there."""
+
+    _required = ("shared_storage_path", "shared_capacity_bytes")
+    _default_host_nbytes = _GIB
+
+
+class _Request:
+    """What the scheduler side knows of a request: its keys so far, and how far it was stored."""
+
+    def __init__(self, request: Request, block_size: int) -> None:
+        self.request, self.first, self.stored = request, 0, 0
+        self._block_size = block_size
+        lora = request.lora_request
+        self._adapter = bytes.fromhex(folder_digest(Path(lora.lora_path))) if lora is not None else b""
+        self._keys: list[BlockKey] = []
+
+    def keys(self) -> list[BlockKey]:
+        """Keys of the full blocks whose tokens are known."""
+        for block_hash in self.request.block_hashes[len(self._keys) :]:
+            digest = hashlib.sha256(block_hash + self._adapter).digest() if self._adapter else block_hash
+            self._keys.append(BlockKey.of(digest))
+        return self._keys
+
+    def loadable_keys(self, first: int) -> list[BlockKey]:
+        """From a block on; at least one token is left to compute."""
+        return self.keys()[first : (self.request.num_tokens - 1) // self._block_size]
+
+
+def planes_of(name: str, tensor: torch.Tensor, num_blocks: int, page_nbytes: int) -> list[torch.Tensor]:
+    """A layer's cache as bytes: one (num_blocks, page_nbytes), or two of half a page for K and V apart.
+
+    Raises:
+        UnsupportedEngineError: a block's bytes do not lie together.
+    """
+    if tensor.shape[0] == num_blocks:
+        planes = [tensor]
+    elif tensor.ndim > 1 and tensor.shape[0] == 2 and tensor.shape[1] == num_blocks:
+        planes = [tensor[0], tensor[1]]
+    else:
+        raise UnsupportedEngineError(f"{name}: a cache of shape {tuple(tensor.shape)} is not supported")
+    views = []
+    for plane in planes:
+        nbytes = plane[0].numel() * plane.element_size()
+        extent = sum((n - 1) * stride for n, stride in zip(plane.shape[1:], plane.stride()[1:], strict=True)) + 1
+        if extent * plane.element_size() != nbytes or nbytes * len(planes) != page_nbytes:
+            raise UnsupportedEngineError(f"{name}: pages of strides {plane.stride()} are not supported")
+        size = plane.element_size()
+        flat = torch.as_strided(plane, (num_blocks, nbytes // size), (plane.stride(0), 1), plane.storage_offset())
+        views.append(flat.view(torch.uint8))
+    return views
