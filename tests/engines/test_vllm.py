@@ -221,6 +221,30 @@ def test_a_shared_path_answers_another_engine(
         consumer.stop()
 
 
+def test_two_ranks_miss_what_one_has_stored_and_hit_their_own(
+    engine: Engine, cold: list[dict[str, Any]], data: Path, tmp_path: Path, model: Path
+) -> None:
+    """Half of the heads each: a block of one rank's would be garbage."""
+    engine.settle()
+    two = Engine("two-ranks", tmp_path, model, {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    transfer = shared_storage(data, "kv_both", disk_path=str(tmp_path / "disk"), disk_capacity_bytes=256 << 20)
+    two.load(transfer, tensor_parallel_size=2)
+    try:
+        prompts = [prompt(i, n) for i, n in enumerate(LENGTHS)]
+        first = two.generate(*prompts)
+        assert [answer["cached"] for answer in first] == [0] * len(LENGTHS)
+        same(first, cold)
+        same(two.from_store(*prompts), first)
+        two.settle()
+        two.ask("forget_host")
+        warm = two.from_store(*prompts)
+        assert [answer["cached"] for answer in warm] == [blocks(n) for n in LENGTHS]
+        same(warm, first)
+        assert two.settle()["host"]["pinned_blocks"] == 0
+    finally:
+        two.stop()
+
+
 def test_what_was_damaged_is_computed_and_healed_by_the_request_that_met_it(
     engine: Engine, cold: list[dict[str, Any]], data: Path
 ) -> None:
