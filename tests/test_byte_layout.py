@@ -1,0 +1,43 @@
+"""Blocks are told apart the same in every known order of bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvstore import KVLayout
+from kvstore.byte_layout import blocks_of
+from kvstore.errors import KVStoreError
+
+LAYOUT = KVLayout(num_layers=3, num_kv_heads=4, head_size=8, block_size=5, dtype=torch.bfloat16)
+PER_CHUNK = 2
+
+
+@pytest.fixture
+def blocks() -> torch.Tensor:
+    return torch.randn(PER_CHUNK, *LAYOUT.block_shape).to(LAYOUT.dtype)
+
+
+def payload_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8).reshape(-1)
+
+
+def test_the_stores_own(blocks: torch.Tensor) -> None:
+    payload = payload_of(blocks.transpose(0, 1))
+    assert torch.equal(blocks_of(payload, LAYOUT, PER_CHUNK, "LBKHTD", 1), blocks)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("order", ["LBHNC", "LBNHC"])
+def test_an_engines_pages(blocks: torch.Tensor, order: str, tp_size: int) -> None:
+    ranks = []
+    for part_bl2htd in blocks.chunk(tp_size, dim=3):
+        pages_lbhtc = torch.cat([part_bl2htd[:, :, 0], part_bl2htd[:, :, 1]], dim=-1).transpose(0, 1)
+        ranks.append(pages_lbhtc if order == "LBHNC" else pages_lbhtc.transpose(2, 3))
+    payload = payload_of(torch.stack(ranks))
+    assert torch.equal(blocks_of(payload, LAYOUT, PER_CHUNK, f"vllm 0.32 cpu {order}", tp_size), blocks)
+
+
+def test_another_is_refused(blocks: torch.Tensor) -> None:
+    with pytest.raises(KVStoreError, match="byte layout 'other' is not known"):
+        blocks_of(payload_of(blocks), LAYOUT, PER_CHUNK, "other", 1)
