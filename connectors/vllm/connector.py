@@ -24,13 +24,21 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from connectors.base import Step
 from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from connectors.tier_sampler import TierSampler
 from connectors.vllm.identity import UnsupportedEngineError, identity_of
+from connectors.vllm.metrics import TierPromMetrics, TierStatsSample
 from connectors.vllm.settings import Settings
 from connectors.weights_digest import folder_digest
 from kvstore.keys import BlockKey
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+        PromMetric,
+        PromMetricT,
+    )
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -84,8 +92,10 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._worker: OffloadingWorker | None = None
         self._scheduler: OffloadingScheduler | None = None
+        self._sampler: TierSampler | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = OffloadingScheduler(self._store_config, self._tp_size)
+            self._sampler = TierSampler(self._scheduler.stats)
         self._requests: dict[str, _Request] = {}
 
     @property
@@ -184,9 +194,30 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
         self.scheduler.reset()
         return True
 
-    # -- both
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        sample = self._sampler.take() if self._sampler is not None else None
+        return TierStatsSample(data=sample) if sample else None
+
+    # -- either process
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return TierStatsSample(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return TierPromMetrics(cls.__name__, vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None

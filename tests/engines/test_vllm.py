@@ -7,13 +7,14 @@ import importlib.util
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.waiting import wait_until
 from tools.demo_process import Child, ChildError
 
 pytestmark = [
@@ -56,6 +57,18 @@ class Engine:
     def settle(self) -> dict[str, Any]:
         stats: dict[str, Any] = self.ask("settle")["stats"][0]
         return stats
+
+    def metrics(self, are_there: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """They come with a step of the engine, some time after the fact."""
+        found: dict[str, float] = {}
+
+        def looked() -> bool:
+            self.generate([5, 6, 7], max_tokens=1)
+            found.update(self.ask("metrics"))
+            return are_there(found)
+
+        wait_until(looked)
+        return found
 
     def stop(self) -> None:
         try:
@@ -184,6 +197,17 @@ def test_another_salt_is_another_prefix(engine: Engine) -> None:
     same([warm], [cold])
 
 
+def test_metrics_say_what_each_tier_did(engine: Engine, cold: list[dict[str, Any]]) -> None:
+    """Counters come by a thread, and with a step of the engine."""
+    engine.from_store(prompt(0, 1500))
+    name = "{KVStoreOffloadingConnector,%s}"
+    found = engine.metrics(lambda found: found.get(f"hit_blocks{name % 'host'}", 0) > 0)
+    assert found[f"on{name % 'disk'}"] == 1
+    assert found[f"written_bytes{name % 'disk'}"] > 0
+    assert found[f"capacity_bytes{name % 'shared'}"] == 256 << 20
+    assert found[f"corrupt_chunks{name % 'disk'}"] == 0
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_aborted_requests_leave_nothing_pinned(engine: Engine, cold: list[dict[str, Any]], steps: int) -> None:
     engine.settle()
@@ -247,6 +271,31 @@ def test_two_ranks_miss_what_one_has_stored_and_hit_their_own(
         assert two.settle()["host"]["pinned_blocks"] == 0
     finally:
         two.stop()
+
+
+@pytest.mark.parametrize("first", ["offloading", "shared"])
+def test_as_children_of_vllms_multi_connector(
+    first: str, cold: list[dict[str, Any]], tmp_path: Path, model: Path
+) -> None:
+    """Both store; the first that has tokens loads."""
+    children = [offloading(tmp_path), shared_storage(tmp_path, "kv_both")]
+    children = children if first == "offloading" else children[::-1]
+    multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    engine = Engine("multi", tmp_path, model).load({**multi, "kv_connector_extra_config": {"connectors": children}})
+    try:
+        prompts = [prompt(i, n) for i, n in enumerate(LENGTHS)]
+        same(engine.generate(*prompts), cold)
+        warm = engine.from_store(*prompts)
+        assert [answer["cached"] for answer in warm] == [blocks(n) for n in LENGTHS]
+        same(warm, cold)
+        tiers = engine.ask("settle")["stats"]
+        assert [stats["host"]["hit_blocks"] > 0 for stats in tiers] == [True, False]
+        assert [stats["host"]["pinned_blocks"] for stats in tiers] == [0, 0]
+        assert all(stats[name]["written_nbytes"] > 0 for stats in tiers for name in stats if name != "host")
+        found = engine.metrics(lambda found: len([name for name in found if name.startswith("on{")]) == 4)
+        assert found["on{KVStoreSharedStorageConnector,shared}"] == found["on{KVStoreOffloadingConnector,disk}"] == 1
+    finally:
+        engine.stop()
 
 
 def test_what_was_damaged_is_computed_and_healed_by_the_request_that_met_it(

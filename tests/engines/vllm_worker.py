@@ -89,6 +89,15 @@ class Engine:
         assert all(child.scheduler.flush(60) for child in children)
         return {"stats": [child.scheduler.stats() for child in children]}
 
+    def metrics(self) -> dict[str, float]:
+        """What /metrics shows of ours: "name{connector,tier}" -> value."""
+        prefix = "vllm:kvstore_tier_"
+        return {
+            f"{metric.name.removeprefix(prefix)}{{{metric.labels['connector']},{metric.labels['tier']}}}": metric.value
+            for metric in self._llm.get_metrics()
+            if metric.name.startswith(prefix)
+        }
+
     def forget_host(self) -> dict[str, Any]:
         self._connector().scheduler._planes.forget_host()
         return {}
