@@ -10,7 +10,7 @@ VLLM_STAMP := $(VENV)/.vllm
 PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu check bench format clean
+.PHONY: help venv demo test test-slow test-gpu check bench bench-vllm format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench: $(STAMP)  ## Speed of every tier against the bare hardware
 	$(VENV)/bin/kvstore bench disk
 	$(VENV)/bin/kvstore bench shared
 	$(VENV)/bin/kvstore bench index
+
+bench-vllm: $(VLLM_STAMP)  ## A vLLM server with the connectors against one without
+	$(VENV)/bin/kvstore bench vllm
 
 format: $(STAMP)  ## Format the sources and fix what lint can fix
 	$(PY) -m ruff format .

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -264,32 +265,40 @@ class OffloadingWorker:
         self._rank, self._num_workers = rank, num_workers
         self._pages = PageCopier(layers, blocks_per_chunk)
         self._arena: HostArena | None = None
-        self._done: dict[int, int] = {}
+        self._copied: deque[tuple[list[int], Any]] = deque()
 
     def load(self, step: Step) -> None:
         """Before the engine computes: host slots -> cache."""
         for job in step.loads:
             self._pages.load(self._stripe(step.arena), job)
-            self._done[job.number] = 1
+        self._note(step.loads)
 
     def store(self, step: Step) -> None:
         """After the engine has computed: cache -> host slots."""
         for job in step.stores:
             self._pages.store(self._stripe(step.arena), job)
-            self._done[job.number] = 1
+        self._note(step.stores)
 
     def take_reports(self) -> dict[int, int]:
-        """Jobs whose bytes have arrived since the last call, for `OffloadingScheduler.reported`."""
-        if self._done:
-            self._pages.wait()
-        reports, self._done = self._done, {}
+        """Jobs whose bytes have arrived since the last call, for `OffloadingScheduler.reported`; waits for none."""
+        reports: dict[int, int] = {}
+        while self._copied and ((event := self._copied[0][1]) is None or event.query()):
+            reports |= dict.fromkeys(self._copied.popleft()[0], 1)
         return reports
 
     def close(self) -> None:
-        self._pages.wait()
+        """Wait for what is under way, and unmap the arena."""
+        for _, event in self._copied:
+            if event is not None:
+                event.synchronize()
+        self._copied.clear()
         if self._arena is not None:
             self._arena.close()
             self._arena = None
+
+    def _note(self, jobs: Sequence[CopyJob]) -> None:
+        if jobs:
+            self._copied.append(([job.number for job in jobs], self._pages.mark()))
 
     def _stripe(self, handle: ArenaHandle) -> np.ndarray:
         """This worker's part of every slot's payload, (num_slots, stripe_nbytes)."""

@@ -2,11 +2,17 @@
 
 A stripe is plane-major: ``(planes, blocks_per_chunk, page_nbytes)``, where a plane is a
 layer's pages, or its K or V pages where the engine keeps them apart. Knows bytes only.
+
+On a CPU a page is one memmove. On a device a slot is one transfer between its pinned stripe
+and a staging buffer, and a plane's pages of all slots are one gather or scatter there: single
+pages are too small to be copied one by one. All of it runs on the caller's stream, so it is
+in order with what the engine computes before and after; nothing waits for it on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,53 +21,82 @@ from numpy.typing import NDArray
 from connectors.base import CopyJob
 from kvstore.copier import move_each
 
+_STAGING_NBYTES: Final = 64 << 20
+
 
 class PageCopier:
     """Args:
     planes: uint8, (num_blocks, page_nbytes), the last dimension dense; all on one device.
+    blocks_per_chunk: blocks of a stripe.
+    staged: by way of a staging buffer; by default on devices only.
     """
 
-    def __init__(self, planes: Sequence[torch.Tensor], blocks_per_chunk: int) -> None:
+    def __init__(self, planes: Sequence[torch.Tensor], blocks_per_chunk: int, *, staged: bool | None = None) -> None:
         self._planes, self._per_chunk = list(planes), blocks_per_chunk
-        nbytes = [plane.shape[1] for plane in planes]
-        self._starts = [sum(nbytes[:i]) * blocks_per_chunk for i in range(len(planes))]
-        self.chunk_nbytes = sum(nbytes) * blocks_per_chunk
+        sizes = [plane.shape[1] for plane in planes]
+        self._starts = [sum(sizes[:i]) * blocks_per_chunk for i in range(len(planes))]
+        self.chunk_nbytes = sum(sizes) * blocks_per_chunk
         self._device = planes[0].device
+        self._staging: torch.Tensor | None = None
+        if staged if staged is not None else self._device.type != "cpu":
+            rows = max(1, _STAGING_NBYTES // self.chunk_nbytes)
+            self._staging = torch.empty((rows, self.chunk_nbytes), dtype=torch.uint8, device=self._device)
 
     def load(self, stripe: NDArray[np.uint8], job: CopyJob) -> None:
-        """Host slots -> pages. On CUDA ordered before whatever follows on the current stream."""
+        """Host slots -> pages, before whatever follows on the current stream."""
         self._check(stripe, job)
-        if self._device.type == "cpu":
+        if self._staging is None:
             self._move(stripe, job, to_slots=False)
             return
-        for slot, position, block in zip(job.slots, job.positions, job.blocks, strict=True):
-            row = torch.from_numpy(stripe[slot])
-            for plane, at in zip(self._planes, self._at(position), strict=True):
-                plane[block].copy_(row[at], non_blocking=True)
+        for slots, rows, positions, blocks in self._groups(job):
+            for i, slot in enumerate(slots):
+                self._staging[i].copy_(torch.from_numpy(stripe[slot]), non_blocking=True)
+            for plane, pages in zip(self._planes, self._staged_planes(), strict=True):
+                plane.index_copy_(0, blocks, pages[rows, positions])
 
     def store(self, stripe: NDArray[np.uint8], job: CopyJob) -> None:
-        """Pages -> host slots. On CUDA ordered behind what is on the current stream; see `wait`."""
+        """Pages -> host slots, behind what is on the current stream."""
         self._check(stripe, job)
-        if self._device.type == "cpu":
+        if self._staging is None:
             self._move(stripe, job, to_slots=True)
             return
-        for slot, position, block in zip(job.slots, job.positions, job.blocks, strict=True):
-            row = torch.from_numpy(stripe[slot])
-            for plane, at in zip(self._planes, self._at(position), strict=True):
-                row[at].copy_(plane[block], non_blocking=True)
+        for slots, rows, positions, blocks in self._groups(job):
+            for plane, pages in zip(self._planes, self._staged_planes(), strict=True):
+                pages[rows, positions] = plane[blocks]
+            for i, slot in enumerate(slots):
+                torch.from_numpy(stripe[slot]).copy_(self._staging[i], non_blocking=True)
 
-    def wait(self) -> None:
-        """Until every copy has arrived."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+    def mark(self) -> Any:
+        """A `torch.cuda.Event` behind all copies so far; None where they have ended already."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
-    def _at(self, position: int) -> list[slice]:
-        """Where this block of a chunk lies in a stripe, plane by plane."""
-        sizes = [plane.shape[1] for plane in self._planes]
+    def _groups(self, job: CopyJob) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """As many slots as staging holds: which, and for each block its row there, its position, and its page."""
+        assert self._staging is not None
+        distinct = list(dict.fromkeys(job.slots))
+        row_of = {slot: i for i, slot in enumerate(distinct)}
+        rows = np.array([row_of[slot] for slot in job.slots], dtype=np.int64)
+        for first in range(0, len(distinct), len(self._staging)):
+            slots = distinct[first : first + len(self._staging)]
+            mine = np.flatnonzero((rows >= first) & (rows < first + len(slots)))
+            numbers = rows[mine] - first, np.asarray(job.positions)[mine], np.asarray(job.blocks)[mine]
+            yield slots, *(self._on_device(part) for part in numbers)  # type: ignore[misc]
+
+    def _staged_planes(self) -> list[torch.Tensor]:
+        """Staging as (rows, blocks_per_chunk, page_nbytes), plane by plane."""
+        assert self._staging is not None
         return [
-            slice(start + position * n, start + (position + 1) * n)
-            for start, n in zip(self._starts, sizes, strict=True)
+            self._staging[:, start : start + self._per_chunk * plane.shape[1]].view(-1, self._per_chunk, plane.shape[1])
+            for plane, start in zip(self._planes, self._starts, strict=True)
         ]
+
+    def _on_device(self, numbers: NDArray[np.int64]) -> torch.Tensor:
+        tensor = torch.from_numpy(numbers)
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def _check(self, stripe: NDArray[np.uint8], job: CopyJob) -> None:
         """What is wrong here would be copied over someone else's memory."""

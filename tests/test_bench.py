@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,8 +12,16 @@ import pytest
 from kvstore.errors import ConfigError
 from tools.bench import BENCHES, Scale, run
 
+NEEDS = {
+    "vllm": [
+        pytest.mark.slow,
+        pytest.mark.timeout(900),
+        pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    ]
+}
 
-@pytest.mark.parametrize("what", BENCHES)
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=NEEDS.get(what, [])) for what in BENCHES])
 def test_runs_at_a_small_scale(what: str, tmp_path: Path) -> None:
     result = run(what, tmp_path, Scale(nbytes=64 << 20, num_keys=20_000, rounds=1))
     rows = json.loads(json.dumps(result.to_dict()))["rows"]

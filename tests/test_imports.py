@@ -34,7 +34,7 @@ ADAPTERS = {
     "transformers": ("connectors/transformers.py", "tools/demo*.py"),
     "gguf": ("tools/demo*.py",),
     "tokenizers": ("tools/demo*.py",),
-    "vllm": ("connectors/vllm/*.py",),
+    "vllm": ("connectors/vllm/*.py", "tools/bench/vllm*.py"),
     "nixl": ("connectors/nixl.py",),
     "zmq": ("connectors/control.py",),
 }

@@ -43,6 +43,7 @@ class Bench(StrEnum):
     DISK = "disk"
     SHARED = "shared"
     INDEX = "index"
+    VLLM = "vllm"
 
 
 @app.command()
@@ -144,13 +145,13 @@ def verify(path: StoredPath, json: Json = False, integrity_key_file: KeyFile = N
 
 @app.command()
 def bench(
-    what: Annotated[Bench, typer.Argument(metavar="WHAT", help="The tier, or the index, to measure.")],
+    what: Annotated[Bench, typer.Argument(metavar="WHAT", help="The tier, the index, or a vLLM server, to measure.")],
     json: Json = False,
     path: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Directory to measure in; by default a temporary one.")
     ] = None,
 ) -> None:
-    """Measure a tier against the bare hardware.
+    """Measure a tier against the bare hardware, or a vLLM server against one without a store.
 
     Every figure is a ratio of medians over interleaved rounds; what it is compared with is
     said beside it. Takes some minutes and some GB of disk.

@@ -38,6 +38,7 @@ class Engine:
         self.model = model
 
     def load(self, transfer: dict[str, Any] | None, **settings: Any) -> Engine:
+        settings = {"dtype": "float32", "max_model_len": 4096, "disable_log_stats": False, **settings}
         self._child.ask("load", timeout_s=START_S, model=str(self.model), transfer=transfer, **settings)
         return self
 

@@ -180,8 +180,7 @@ def test_a_reset_keeps_reads_in_flight_and_later_writes_right(tmp_path: Path) ->
             keys, blocks = make_keys(30, round_), make_blocks(30, round_)
             store.put(keys, blocks)
             store.flush()
-            store._manager.reset()  # host memory forgets: what follows comes from disk
-            store._lower_epoch = store._manager.epoch
+            store._planes.forget_host()  # host memory forgets: what follows comes from disk
             out = torch.zeros((30, *LAYOUT.block_shape), dtype=LAYOUT.dtype)
             n = store.get(keys, out)
             assert n == 30 and torch.equal(out[:n].view(torch.int16), blocks.view(torch.int16))

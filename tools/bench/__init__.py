@@ -1,7 +1,8 @@
-"""`kvstore bench`: every tier against the bare hardware, in the same run.
+"""`kvstore bench`: every tier against the bare hardware, and a server against one without, in the same run.
 
 Each figure is the median of ratios over interleaved rounds; what "raw" means stands beside
-it. One file a tier; `raw` is the bare hardware.
+it. One file a tier; `raw` is the bare hardware; `vllm` has its engines in processes
+of their own, which run `vllm_engine`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kvstore.errors import ConfigError
-from tools.bench import disk, host, index, process, shared
+from tools.bench import disk, host, index, process, shared, vllm
 from tools.bench.common import Result, Row, Scale, ScaleName
 
 BENCHES: dict[str, tuple[Callable[[Path, Scale], Iterator[Row]], ...]] = {
@@ -23,6 +24,7 @@ BENCHES: dict[str, tuple[Callable[[Path, Scale], Iterator[Row]], ...]] = {
     "disk": (disk.run,),
     "shared": (shared.run,),
     "index": (index.run,),
+    "vllm": (vllm.run,),
 }
 
 

@@ -1,0 +1,99 @@
+"""A vLLM engine in a process of its own: takes one request a line as JSON, answers with one line each.
+
+Run by `tools.demo_process.Child`. The engine's core and scheduler run in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+
+
+class Engine:
+    """Commands; every answer is JSON."""
+
+    def __init__(self) -> None:
+        self._llm: Any = None
+
+    def load(self, model: str, transfer: dict[str, Any] | None, **settings: Any) -> dict[str, Any]:
+        """Start; ``transfer`` is vLLM's ``--kv-transfer-config``, the rest are arguments of `vllm.LLM`."""
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        if transfer is not None:
+            settings["kv_transfer_config"] = KVTransferConfig(**transfer)
+        self._llm = LLM(model, skip_tokenizer_init=True, enforce_eager=True, seed=0, **settings)
+        return {}
+
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int = 4, cache_salt: str | None = None
+    ) -> list[dict[str, Any]]:
+        """For each prompt its tokens, their log probabilities, and how many prompt tokens were not computed."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, detokenize=False, ignore_eos=True, logprobs=0)
+        inputs = [{"prompt_token_ids": ids, **({"cache_salt": cache_salt} if cache_salt else {})} for ids in prompts]
+        answers = []
+        for output in self._llm.generate(inputs, params, use_tqdm=False):
+            tokens = list(output.outputs[0].token_ids)
+            logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+            answers.append({"tokens": tokens, "logprobs": logprobs, "cached": output.num_cached_tokens})
+        return answers
+
+    def seconds(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        """How long it takes to answer all of them, and how many prompt tokens were not computed."""
+        start = time.perf_counter()
+        answers = self.generate(prompts, max_tokens)
+        return {"seconds": time.perf_counter() - start, "cached": [answer["cached"] for answer in answers]}
+
+    def reset(self, connector: bool) -> bool:
+        """Empty the engine's own cache, and with ``connector`` what lies below it."""
+        return bool(self._llm.reset_prefix_cache(reset_connector=connector))
+
+    def settle(self) -> dict[str, Any]:
+        """Step until every job has been reported and all is durable; then each connector's stats."""
+        connector = self._connector()
+        while connector.has_pending_push_work():
+            self._llm.llm_engine.step()
+        children = getattr(connector, "_connectors", [connector])
+        if not all([child.scheduler.flush(120) for child in children]):
+            raise RuntimeError("not everything was stored")
+        return {"stats": [child.scheduler.stats() for child in children]}
+
+    def forget_host(self) -> dict[str, Any]:
+        """Empty the connector's host memory; what lies below it stays."""
+        self._connector().scheduler._planes.forget_host()
+        return {}
+
+    def close(self) -> dict[str, Any]:
+        self._llm.llm_engine.engine_core.shutdown()
+        return {}
+
+    def _connector(self) -> Any:
+        return self._llm.llm_engine.engine_core.engine_core.scheduler.connector
+
+
+def serve(engine: Engine) -> None:
+    """Answer until stdin ends. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        command = getattr(engine, request.pop("command"))
+        try:
+            answer = {"answer": command(**request)}
+        except Exception as e:
+            traceback.print_exc()
+            answer = {"error": f"{type(e).__name__}: {e}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve(Engine())
