@@ -118,8 +118,7 @@ def test_two_stores_of_one_process_share_a_directory(tmp_path: Path) -> None:
         assert other.flush()
         check_get(one, make_keys(20, 1), make_blocks(20, 1), 20)
         assert one.purge(keys[:1]) == 1
-        other._manager.reset()  # what it has in host memory is its own affair
-        other._lower_epoch = other._manager.epoch
+        other._planes.forget_host()  # what it has in host memory is its own affair
         assert other.prefix_hit(keys) == 0
     assert LAYOUT.block_nbytes < 4096
 
