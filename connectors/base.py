@@ -2,16 +2,113 @@
 
 A connector has two halves and knows no engine. The scheduler half decides: which slots,
 which blocks. The worker half copies between the engine's cache and the slots of one host
-arena that both map.
+arena that both map. An engine may keep layers in several KV cache groups; each has its own
+blocks, and its own slots.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvstore.arena import HostArena
 from kvstore.errors import KVStoreError
+from kvstore.keys import BlockKey
+
+Keys = Sequence[Sequence[BlockKey]]
+"""By KV cache group, all of one length and for the same tokens."""
+Blocks = Sequence[Sequence[int | None]]
+"""By KV cache group: numbers of blocks of the engine's cache; None where it has, or needs, none."""
+
+
+class SchedulerHalf(ABC):
+    """What runs beside an engine's scheduler, and decides. Called by one thread; waits for no I/O.
+
+    One step of the engine: `lookup` for requests that begin, `load` for those that take what
+    was found, `store` for what the step computes, `end_step`; then the workers run the step,
+    and `reported` says what they have done.
+    """
+
+    def begin(self, request_id: str, keys: Keys) -> None:  # noqa: B027 - a half may have nothing to prepare
+        """A new request has come, which will ask for these."""
+
+    @abstractmethod
+    def lookup(self, request_id: str, keys: Keys, *, expected: int = 0) -> int | None:
+        """Leading blocks that can be loaded in this step, for certain; None: ask again.
+
+        May be asked any number of times, and its answer be ignored. What it promises holds
+        until `end_step`, or until the request's `forget`.
+
+        Args:
+            expected: leading blocks that another engine is about to have written.
+        """
+
+    @abstractmethod
+    def load(self, request_id: str, blocks: Blocks) -> None:
+        """Have the leading blocks of what was promised loaded into these.
+
+        Raises:
+            ValueError: that was not promised.
+        """
+
+    @abstractmethod
+    def store(self, keys: Keys, blocks: Blocks) -> None:
+        """Have these stored, prefix first, once this step is computed; what cannot be is dropped."""
+
+    @abstractmethod
+    def end_step(self, *, wait_s: float = 0.0) -> Any:
+        """What the workers are to do in this step; plain data that can be sent to them.
+
+        Args:
+            wait_s: an engine with nothing else to do waits so long for what it was told to ask for again.
+        """
+
+    @abstractmethod
+    def reported(self, reports: Mapping[int, int]) -> None:
+        """How many workers have done each job, since the last call."""
+
+    @abstractmethod
+    def has_open_jobs(self) -> bool:
+        """Whether the engine must go on for reports to come in."""
+
+    @abstractmethod
+    def forget(self, request_id: str) -> None:
+        """The request is over: finished, aborted, or refused. Nothing is held for it any more."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Never again find anything that was stored before."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """Fields of `kvstore.tiers.base.TierStats`, by tier."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything."""
+
+
+class WorkerHalf(ABC):
+    """What runs beside an engine's worker, and copies. Called by one thread."""
+
+    @abstractmethod
+    def load(self, step: Any) -> None:
+        """Before the engine computes; on a device: ordered before it."""
+
+    @abstractmethod
+    def store(self, step: Any) -> None:
+        """After the engine has computed, before its blocks can be reused."""
+
+    @abstractmethod
+    def take_reports(self) -> dict[int, int]:
+        """Jobs that are done since the last call, each with 1; waits for none."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what is under way, and release everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +144,34 @@ class ArenaHandle:
 
 
 @dataclass(frozen=True, slots=True)
+class Stripe:
+    """A worker's part of every slot: ``index`` of ``count``.
+
+    KV that several ranks hold alike is one stripe, which one of them stores and all load.
+    """
+
+    index: int
+    count: int
+    is_stored_here: bool = True
+
+    @classmethod
+    def of_rank(cls, rank: int, num_ranks: int, num_replicas: int) -> Stripe:
+        """Each ``num_replicas`` consecutive ranks hold the same KV."""
+        return cls(rank // num_replicas, num_ranks // num_replicas, rank % num_replicas == 0)
+
+
+@dataclass(frozen=True, slots=True)
 class CopyJob:
-    """Block ``blocks[i]`` of the engine's cache, and position ``positions[i]`` of host slot ``slots[i]``."""
+    """Block ``blocks[i]`` of a group of the engine's cache, and position ``positions[i]`` of host slot ``slots[i]``.
+
+    What is asked for as one has one number.
+    """
 
     number: int
     slots: list[int]
     positions: list[int]
     blocks: list[int]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,37 +8,32 @@
 The scheduler half never waits for I/O: what lies in lower tiers is looked for and brought
 up by threads, and until it is there the answer is "ask again". A promise holds until the end
 of the engine's step; what was not taken by then is unpinned.
+
+Keys and blocks come by KV cache group, one sequence a group, all of the same length and for
+the same tokens. Of a group with a sliding window only the last blocks of a prefix are read.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from connectors.base import ArenaHandle, CopyJob, Step
+from connectors.base import ArenaHandle, Blocks, CopyJob, Keys, SchedulerHalf, Step, Stripe, WorkerHalf
 from connectors.pages import PageCopier
+from connectors.prefix_lookups import PrefixLookups
 from kvstore.arena import HostArena
 from kvstore.config import StoreConfig
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.manager import LoadLease
 from kvstore.planes import Planes
-from kvstore.promotion import Promotion
 from kvstore.tiers.base import TierStats
-
-logger = logging.getLogger(__name__)
-
-_LOOKUP_THREADS: Final = 4
-_MOST_LOOKUPS: Final = 256  # under way; who comes later takes what host memory has
-_FIRST_ANSWER_S: Final = 0.002  # a lower tier's index lies in memory: most lookups have ended by then
 
 
 @dataclass(slots=True)
@@ -47,40 +42,32 @@ class _OpenJob:
     done: Callable[[], None]
 
 
-class _Lookup:
-    """One prefix that host memory does not have, on its way up."""
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    """By KV cache group: the leading blocks from ``starts[group]`` on, pinned."""
 
-    def __init__(self, keys: Sequence[BlockKey], deadline: float) -> None:
-        self.keys, self.deadline = list(keys), deadline
-        self.ended = threading.Event()
-
-    def covers(self, keys: Sequence[BlockKey]) -> bool:
-        """Whether these keys, the rest of some prefix, were all looked for."""
-        return keys[-1] in self.keys
-
-    def is_settled(self) -> bool:
-        return self.ended.is_set() or time.monotonic() >= self.deadline
+    leases: list[LoadLease]
+    starts: list[int]
 
 
-class OffloadingScheduler:
+class OffloadingScheduler(SchedulerHalf):
     """The scheduler half. Called by one thread.
 
     Args:
         config: host memory is that of one engine, for all its workers.
         num_workers: reports that make a job count.
+        windows: by KV cache group, how many last blocks of a prefix are read; None: all of it.
     Raises:
         ConfigError: as `kvstore.TieredStore`.
     """
 
-    def __init__(self, config: StoreConfig, num_workers: int) -> None:
-        self.config, self._num_workers = config, num_workers
+    def __init__(self, config: StoreConfig, num_workers: int, windows: Sequence[int | None] = (None,)) -> None:
+        self.config, self._num_workers, self._windows = config, num_workers, list(windows)
         self._planes = Planes(config, shared_arena=True)
         self._manager, self._per_chunk = self._planes.manager, config.blocks_per_chunk
         self._arena = ArenaHandle.of(self._planes.arena)
-        self._pool = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="kvstore-lookup")
-        self._lookups: dict[str, _Lookup] = {}  # by request
-        self._under_way: dict[BlockKey, _Lookup] = {}  # by first key: requests that share a prefix wait for one
-        self._promises: dict[str, LoadLease] = {}
+        self._lookups = PrefixLookups(self._planes, config.load_timeout_s)
+        self._promises: dict[str, _Promise] = {}
         self._jobs: dict[int, _OpenJob] = {}
         self._num_jobs = 0
         self._loads: list[CopyJob] = []
@@ -89,65 +76,76 @@ class OffloadingScheduler:
 
     # -- what an engine asks
 
-    def begin(self, request_id: str, keys: Sequence[BlockKey]) -> None:
+    def begin(self, request_id: str, keys: Keys) -> None:
         """Start to look for a new request's prefix, before it is asked for."""
-        self._look_below(request_id, keys[self._manager.prefix_hit(keys) :])
+        for of_group, window in zip(keys, self._windows, strict=True):
+            tail = of_group if window is None else of_group[-window:]
+            self._lookups.begin(request_id, tail[self._manager.prefix_hit(tail) :])
 
-    def lookup(self, request_id: str, keys: Sequence[BlockKey]) -> int | None:
+    def lookup(self, request_id: str, keys: Keys, *, expected: int = 0) -> int | None:
         """Leading blocks that can be loaded now; they stay until `end_step`. None: ask again.
 
         May be asked any number of times, and its answer be ignored.
+
+        Args:
+            expected: leading blocks that another engine is about to have written; they are waited for.
         """
         self._break_promise(request_id)
-        missing = keys[self._manager.prefix_hit(keys) :]
-        if missing and not self._is_settled(request_id, missing):
-            return None
-        lease = self._manager.prepare_load(keys)
-        self._promises[request_id] = lease
-        return len(lease)
+        n: int | None = len(keys[0])
+        for of_group, window in zip(keys, self._windows, strict=True):
+            if window is None and n is not None:
+                n = self._present(request_id, of_group[:n], expected)
+        n = self._fit_windows(request_id, keys, n, expected) if n is not None else None
+        return None if n is None else self._promise(request_id, keys, n)
 
-    def load(self, request_id: str, blocks: Sequence[int]) -> None:
-        """Take the leading ``len(blocks)`` of what was promised into these blocks of the engine's cache."""
-        lease, n = self._promises.pop(request_id), len(blocks)
-        if n > len(lease):
-            self._manager.release(lease)
-            raise ValueError(f"{n} blocks are to be loaded, {len(lease)} were promised")
-        number = self._open(lambda: self._manager.release(lease))
-        self._loads.append(CopyJob(number, lease.slots[:n].tolist(), lease.positions[:n].tolist(), list(blocks)))
-        self._host.hit_blocks += n
-        self._host.read_nbytes += n * self.config.identity.layout.block_nbytes
+    def load(self, request_id: str, blocks: Blocks) -> None:
+        """Take the leading blocks of what was promised into these blocks of the engine's cache.
 
-    def store(self, keys: Sequence[BlockKey], blocks: Sequence[int]) -> None:
+        Args:
+            blocks: by group; None where the engine does not need one.
+        Raises:
+            ValueError: that was not promised; the promise is over.
+        """
+        promise = self._promises.pop(request_id)
+        jobs, num_blocks = [], 0
+        number = self._open(lambda: self._release(promise))
+        for group, (lease, start, ids) in enumerate(zip(promise.leases, promise.starts, blocks, strict=True)):
+            wanted = [i for i, block in enumerate(ids) if block is not None]
+            at = np.array(wanted, dtype=np.int64) - start
+            if len(at) and (at[0] < 0 or at[-1] >= len(lease)):
+                del self._jobs[number]
+                self._release(promise)
+                raise ValueError(
+                    f"blocks {wanted[0]} to {wanted[-1]} of group {group} are to be loaded; "
+                    f"promised were {start} to {start + len(lease) - 1}"
+                )
+            slots, positions = lease.slots[at].tolist(), lease.positions[at].tolist()
+            jobs.append(CopyJob(number, slots, positions, [block for block in ids if block is not None], group))
+            num_blocks += len(at)
+        self._loads += jobs
+        self._host.hit_blocks += num_blocks
+        self._host.read_nbytes += num_blocks * self.config.identity.layout.block_nbytes
+
+    def store(self, keys: Keys, blocks: Blocks) -> None:
         """Store whole chunks that are absent, prefix first; where there is no room the tail is dropped.
 
         Args:
             keys: begin where a chunk begins.
-            blocks: that will hold their KV when the engine has computed this step.
+            blocks: that will hold their KV when the engine has computed this step; None where
+                it has none any more.
         """
-        per_chunk = self._per_chunk
-        total = len(keys) // per_chunk
-        if not total:
-            return
-        present = self._manager.contains(keys[: total * per_chunk]).reshape(total, per_chunk).all(axis=1)
-        absent = np.flatnonzero(~present)
-        current = self._planes.current()
-        slots = self._manager.reserve(len(absent), time.monotonic()) if len(absent) else absent
-        chosen = absent[: len(slots)]
-        self._host.dropped_blocks += (len(absent) - len(chosen)) * per_chunk
-        if not len(chosen):
-            return
-        at = (chosen[:, None] * per_chunk + np.arange(per_chunk)).reshape(-1)
-        chunk_keys = keys_to_array([keys[i] for i in at.tolist()]).reshape(len(chosen), per_chunk, -1)
-        number = self._open(lambda: self._planes.publish(slots, chunk_keys, current))
-        positions = np.tile(np.arange(per_chunk), len(chosen)).tolist()
-        ids = [blocks[i] for i in at.tolist()]
-        self._stores.append(CopyJob(number, np.repeat(slots, per_chunk).tolist(), positions, ids))
-        self._host.written_nbytes += len(ids) * self.config.identity.layout.block_nbytes
+        for group, (of_group, ids) in enumerate(zip(keys, blocks, strict=True)):
+            self._store(group, of_group, ids)
 
-    def end_step(self) -> Step:
-        """What the workers are to do; promises that were not taken are over."""
+    def end_step(self, *, wait_s: float = 0.0) -> Step:
+        """What the workers are to do; promises that were not taken are over.
+
+        Args:
+            wait_s: an engine with nothing else to do waits so long for what it was told to ask for again.
+        """
         for request_id in list(self._promises):
             self._break_promise(request_id)
+        self._lookups.wait(wait_s)
         step = Step(self._arena, self._loads, self._stores)
         self._loads, self._stores = [], []
         return step
@@ -169,15 +167,14 @@ class OffloadingScheduler:
 
     def forget(self, request_id: str) -> None:
         """The request is over: finished, aborted, or refused."""
-        self._lookups.pop(request_id, None)
+        self._lookups.forget(request_id)
         self._break_promise(request_id)
 
     # -- control
 
     def reset(self) -> None:
         """Never again hit anything stored before; see `kvstore.TieredStore.reset`."""
-        self._lookups.clear()
-        self._under_way.clear()
+        self._lookups.reset()
         self._planes.reset()
 
     def flush(self, timeout_s: float) -> bool:
@@ -197,7 +194,7 @@ class OffloadingScheduler:
 
     def close(self) -> None:
         """Finish write-behind, and release everything."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._lookups.close()
         self._planes.close()
 
     # -- inside
@@ -208,75 +205,107 @@ class OffloadingScheduler:
         return self._num_jobs
 
     def _break_promise(self, request_id: str) -> None:
-        lease = self._promises.pop(request_id, None)
-        if lease is not None:
+        promise = self._promises.pop(request_id, None)
+        if promise is not None:
+            self._release(promise)
+
+    def _release(self, promise: _Promise) -> None:
+        for lease in promise.leases:
             self._manager.release(lease)
 
-    def _is_settled(self, request_id: str, missing: Sequence[BlockKey]) -> bool:
-        """Whether nothing more of the request's prefix is on its way up."""
-        lookup = self._lookups.get(request_id)
-        if lookup is None or (lookup.ended.is_set() and not lookup.covers(missing)):  # its own, or beyond another's
-            lookup = self._look_below(request_id, missing)
-            if lookup is not None:
-                lookup.ended.wait(_FIRST_ANSWER_S)
-        return lookup is None or lookup.is_settled()
-
-    def _look_below(self, request_id: str, missing: Sequence[BlockKey]) -> _Lookup | None:
-        if not missing or self._planes.below() is None:
+    def _present(self, request_id: str, keys: Sequence[BlockKey], expected: int) -> int | None:
+        """Leading blocks of one group in host memory, once what lies below has come up; None: it has not."""
+        have = self._manager.prefix_hit(keys)
+        if have == len(keys):
+            return have
+        if not self._lookups.is_settled(request_id, keys[have:], expected - have):
             return None
-        lookup = self._under_way.get(missing[0])
-        if lookup is None:
-            if len(self._under_way) >= _MOST_LOOKUPS:
-                return None
-            lookup = _Lookup(missing, time.monotonic() + self.config.load_timeout_s)
-            self._under_way[missing[0]] = lookup
-            self._pool.submit(self._bring_up, lookup)
-        self._lookups[request_id] = lookup
-        return lookup
+        return have + self._manager.prefix_hit(keys[have:])
 
-    def _bring_up(self, lookup: _Lookup) -> None:
-        """Runs in a thread: promote as much of the prefix as there is."""
-        try:
-            done, keys = 0, lookup.keys
-            while done < len(keys) and time.monotonic() < lookup.deadline and (io := self._planes.below()) is not None:
-                promotion = Promotion(self._manager, io, self._planes.arena.rows, self._planes.fmt)
-                came = promotion.run(keys[done:], None, lookup.deadline) or self._manager.prefix_hit(keys[done:])
-                if not came:
-                    break
-                done += came
-        except Exception:  # what was to be loaded is computed instead
-            logger.exception("a prefix could not be brought up from the lower tiers")
-        finally:
-            self._under_way.pop(lookup.keys[0], None)
-            lookup.ended.set()
+    def _fit_windows(self, request_id: str, keys: Keys, n: int, expected: int) -> int | None:
+        """The longest prefix of up to n blocks of which every group with a window has its last blocks."""
+        for of_group, window in zip(keys, self._windows, strict=True):
+            if window is not None:
+                start = max(0, n - window)
+                if self._present(request_id, of_group[start:n], expected - start) is None:
+                    return None
+        fitted = -1
+        while n != fitted:
+            fitted = n
+            for of_group, window in zip(keys, self._windows, strict=True):
+                if window is not None:
+                    n = _longest_with_window(self._manager.contains(of_group[:n]), window)
+        return n
+
+    def _promise(self, request_id: str, keys: Keys, n: int) -> int:
+        """Pin n blocks, and so many of them as are still there."""
+        starts = [0 if window is None else max(0, n - window) for window in self._windows]
+        leases = [self._manager.prepare_load(of_group[start:n]) for of_group, start in zip(keys, starts, strict=True)]
+        if any(len(lease) < n - start for lease, start in zip(leases, starts, strict=True)):  # evicted meanwhile
+            n = len(leases[0]) if self._windows == [None] else 0
+        self._promises[request_id] = _Promise(leases, starts)
+        return n
+
+    def _store(self, group: int, keys: Sequence[BlockKey], blocks: Sequence[int | None]) -> None:
+        per_chunk = self._per_chunk
+        total = len(keys) // per_chunk
+        if not total:
+            return
+        are_there = np.array([block is not None for block in blocks[: total * per_chunk]]).reshape(total, per_chunk)
+        are_present = self._manager.contains(keys[: total * per_chunk]).reshape(total, per_chunk)
+        absent = np.flatnonzero(are_there.all(axis=1) & ~are_present.all(axis=1))
+        current = self._planes.current()
+        slots = self._manager.reserve(len(absent), time.monotonic()) if len(absent) else absent
+        chosen = absent[: len(slots)]
+        self._host.dropped_blocks += (len(absent) - len(chosen)) * per_chunk
+        if not len(chosen):
+            return
+        at = (chosen[:, None] * per_chunk + np.arange(per_chunk)).reshape(-1)
+        chunk_keys = keys_to_array([keys[i] for i in at.tolist()]).reshape(len(chosen), per_chunk, -1)
+        number = self._open(lambda: self._planes.publish(slots, chunk_keys, current))
+        positions = np.tile(np.arange(per_chunk), len(chosen)).tolist()
+        ids = [block for i in at.tolist() if (block := blocks[i]) is not None]
+        self._stores.append(CopyJob(number, np.repeat(slots, per_chunk).tolist(), positions, ids, group))
+        self._host.written_nbytes += len(ids) * self.config.identity.layout.block_nbytes
 
 
-class OffloadingWorker:
+def _longest_with_window(present: NDArray[np.bool_], window: int) -> int:
+    """The longest prefix whose last ``window`` blocks, or all where it has fewer, are present."""
+    at = np.arange(len(present))
+    run = at - np.maximum.accumulate(np.where(present, -1, at)) if len(present) else at
+    fits = np.flatnonzero(run >= np.minimum(window, at + 1))
+    return int(fits[-1]) + 1 if len(fits) else 0
+
+
+class OffloadingWorker(WorkerHalf):
     """The worker half: copies its stripe of every slot. Called by one thread.
 
     Args:
-        rank: of this worker, from 0.
-        num_workers: stripes of a slot.
-        layers: the cache, one or more tensors of bytes a layer, each (num_blocks, page_nbytes).
+        stripe: this worker's.
+        groups: the cache, by KV cache group: one or more tensors of bytes a layer, each (num_blocks, page_nbytes).
         blocks_per_chunk: as in the scheduler half.
     """
 
-    def __init__(self, rank: int, num_workers: int, layers: Sequence[torch.Tensor], blocks_per_chunk: int) -> None:
-        self._rank, self._num_workers = rank, num_workers
-        self._pages = PageCopier(layers, blocks_per_chunk)
+    def __init__(self, stripe: Stripe, groups: Sequence[Sequence[torch.Tensor]], blocks_per_chunk: int) -> None:
+        self._stripe = stripe
+        self._pages = [PageCopier(planes, blocks_per_chunk) for planes in groups]
+        self._stripe_nbytes = max(pages.chunk_nbytes for pages in self._pages)
         self._arena: HostArena | None = None
         self._copied: deque[tuple[list[int], Any]] = deque()
 
     def load(self, step: Step) -> None:
         """Before the engine computes: host slots -> cache."""
         for job in step.loads:
-            self._pages.load(self._stripe(step.arena), job)
+            self._pages[job.group].load(self._rows(step.arena), job)
         self._note(step.loads)
 
     def store(self, step: Step) -> None:
         """After the engine has computed: cache -> host slots."""
-        for job in step.stores:
-            self._pages.store(self._stripe(step.arena), job)
+        for job in step.stores if self._stripe.is_stored_here else ():
+            pages, rows = self._pages[job.group], self._rows(step.arena)
+            if pages.chunk_nbytes < self._stripe_nbytes:  # of a group with fewer layers: nothing old behind it
+                rows[np.unique(job.slots), pages.chunk_nbytes :] = 0
+            pages.store(rows, job)
         self._note(step.stores)
 
     def take_reports(self) -> dict[int, int]:
@@ -298,13 +327,13 @@ class OffloadingWorker:
 
     def _note(self, jobs: Sequence[CopyJob]) -> None:
         if jobs:
-            self._copied.append(([job.number for job in jobs], self._pages.mark()))
+            self._copied.append(([job.number for job in jobs], self._pages[0].mark()))
 
-    def _stripe(self, handle: ArenaHandle) -> np.ndarray:
+    def _rows(self, handle: ArenaHandle) -> NDArray[np.uint8]:
         """This worker's part of every slot's payload, (num_slots, stripe_nbytes)."""
         if self._arena is None:
             self._arena = handle.attach()
-        nbytes = self._pages.chunk_nbytes
-        if nbytes * self._num_workers > handle.slot_nbytes:
-            raise ValueError(f"{self._num_workers} stripes of {nbytes} bytes do not fit {handle.slot_nbytes}")
-        return self._arena.rows[:, self._rank * nbytes : (self._rank + 1) * nbytes]
+        nbytes, stripe = self._stripe_nbytes, self._stripe
+        if nbytes * stripe.count > handle.slot_nbytes:
+            raise ValueError(f"{stripe.count} stripes of {nbytes} bytes do not fit {handle.slot_nbytes}")
+        return self._arena.rows[:, stripe.index * nbytes : (stripe.index + 1) * nbytes]

@@ -26,14 +26,15 @@ def blocks_of(
         KVStoreError: the byte layout is not known.
     """
     layers, heads, tokens, size = layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_size
+    kv = layout.kv_dim
     flat = payload.view(layout.dtype)
     if byte_layout == "LBKHTD":
-        return flat.reshape(layers, blocks_per_chunk, 2, heads, tokens, size).transpose(0, 1)
+        return flat.reshape(layers, blocks_per_chunk, kv, heads, tokens, size).transpose(0, 1)
     engine, _, order = byte_layout.partition(" ")
     order = order.rpartition(" ")[2]
     if engine == "vllm" and order in ("LBHNC", "LBNHC"):
         of_rank = (heads // tp_size, tokens) if order == "LBHNC" else (tokens, heads // tp_size)
-        by_rank = flat.reshape(tp_size, layers, blocks_per_chunk, *of_rank, 2, size)
+        by_rank = flat.reshape(tp_size, layers, blocks_per_chunk, *of_rank, kv, size)
         if order == "LBNHC":
             by_rank = by_rank.transpose(3, 4)
         return by_rank.permute(2, 1, 5, 0, 3, 4, 6).reshape(blocks_per_chunk, *layout.block_shape)

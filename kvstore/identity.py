@@ -98,6 +98,7 @@ class KVIdentity:
             "kv_scales": self.kv_scales,
             "rope": self.rope,
             "group_kind": self.group_kind,
+            "kv_dim": self.layout.kv_dim,
             "head_size": self.layout.head_size,
             "block_size": self.layout.block_size,
             "hash_algorithm": self.hash_algorithm,

@@ -47,6 +47,9 @@ class KVLayout:
     """Shape of the KV of one block of ``block_size`` tokens, for one KV cache group.
 
     ``num_kv_heads`` and ``num_layers`` are those that this process stores.
+
+    Args:
+        kv_dim: 2 for K and V; 1 where a token has one latent vector (MLA).
     """
 
     num_layers: int
@@ -54,20 +57,23 @@ class KVLayout:
     head_size: int
     block_size: int
     dtype: torch.dtype
+    kv_dim: int = 2
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_size", "block_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"layout.{name}: {value!r} is not allowed; give a whole number of at least 1")
+        if self.kv_dim not in (1, 2):
+            raise ConfigError(f"layout.kv_dim: {self.kv_dim!r} is not allowed; give 2 (K and V) or 1 (latent)")
         if not isinstance(self.dtype, torch.dtype):
             raise ConfigError(f"layout.dtype: {self.dtype!r} is not a torch dtype; allowed: {', '.join(DTYPES)}")
         dtype_name(self.dtype)
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """``(num_layers, 2, num_kv_heads, block_size, head_size)``; index 0 of dim 1 is K, 1 is V."""
-        return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_size)
+        """``(num_layers, kv_dim, num_kv_heads, block_size, head_size)``; index 0 of dim 1 is K, 1 is V."""
+        return (self.num_layers, self.kv_dim, self.num_kv_heads, self.block_size, self.head_size)
 
     @property
     def block_nbytes(self) -> int:
@@ -77,4 +83,4 @@ class KVLayout:
     @property
     def layer_nbytes(self) -> int:
         """Payload bytes of one layer of one block."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_size * self.dtype.itemsize
+        return self.kv_dim * self.num_kv_heads * self.block_size * self.head_size * self.dtype.itemsize

@@ -1,6 +1,6 @@
 """The bytes of a slot: payload, padding, and a trailer that says what they are.
 
-    [0, payload)            layer-major: (num_layers, blocks_per_chunk, 2, heads, tokens, head_size)
+    [0, payload)            layer-major: (num_layers, blocks_per_chunk, kv_dim, heads, tokens, head_size)
     [payload, body)         padding up to a multiple of 4096 bytes for the whole slot
     [body, slot)            trailer: the chunk's block keys, then the footer
 

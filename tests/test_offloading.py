@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from connectors.base import Stripe
 from connectors.offloading import OffloadingScheduler, OffloadingWorker
 from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, KVLayout, SharedTierConfig, StoreConfig
 from kvstore.keys import hash_blocks
@@ -27,7 +28,16 @@ def make_keys(n: int, seed: int = 0) -> list[BlockKey]:
 class Engine:
     """One scheduler and its workers, in step."""
 
-    def __init__(self, path: Path | None, *, host_blocks: int = 64, per_chunk: int = 1, num_workers: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        host_blocks: int = 64,
+        per_chunk: int = 1,
+        num_workers: int = 1,
+        windows: tuple[int | None, ...] = (None,),
+        num_replicas: int = 1,
+    ) -> None:
         self.scheduler = OffloadingScheduler(
             StoreConfig(
                 identity=IDENTITY,
@@ -39,12 +49,31 @@ class Engine:
                 put_timeout_s=0.0,
             ),
             num_workers,
+            windows,
         )
-        page = PAGE_NBYTES // num_workers
+        page = PAGE_NBYTES * num_replicas // num_workers
+        self.windows = windows
         self.caches = [torch.zeros((3, NUM_BLOCKS, page), dtype=torch.uint8) for _ in range(num_workers)]
         self.workers = [
-            OffloadingWorker(rank, num_workers, list(cache), per_chunk) for rank, cache in enumerate(self.caches)
+            OffloadingWorker(
+                Stripe.of_rank(rank, num_workers, num_replicas),
+                [list(cache[: 3 - group]) for group in range(len(windows))],  # of unequal numbers of layers
+                per_chunk,
+            )
+            for rank, cache in enumerate(self.caches)
         ]
+
+    def of_groups(self, keys: list[BlockKey]) -> list[list[BlockKey]]:
+        return [[BlockKey.of(key.block_hash, group) for key in keys] for group in range(len(self.windows))]
+
+    def begin(self, request: str, keys: list[BlockKey]) -> None:
+        self.scheduler.begin(request, self.of_groups(keys))
+
+    def load(self, request: str, *blocks: Sequence[int | None]) -> None:
+        self.scheduler.load(request, blocks)
+
+    def store(self, keys: list[BlockKey], *blocks: Sequence[int | None]) -> None:
+        self.scheduler.store(self.of_groups(keys), blocks)
 
     def fill(self, blocks: list[int], seed: int) -> torch.Tensor:
         """Compute something into blocks; what each of them holds then, (workers, layers, n, page)."""
@@ -64,12 +93,12 @@ class Engine:
         for worker in self.workers:
             self.scheduler.reported(worker.take_reports())
 
-    def lookup(self, request: str, keys: list[BlockKey]) -> int:
+    def lookup(self, request: str, keys: list[BlockKey], *, expected: int = 0) -> int:
         """Ask, step by step, until there is an answer."""
         answers: list[int | None] = []
 
         def answered() -> bool:
-            answers.append(self.scheduler.lookup(request, keys))
+            answers.append(self.scheduler.lookup(request, self.of_groups(keys), expected=expected))
             if answers[-1] is None:
                 self.step()
             return answers[-1] is not None
@@ -102,13 +131,13 @@ def engine(shape: tuple[int, int]) -> Iterator[Engine]:
 
 def test_what_was_stored_is_loaded_into_other_blocks(engine: Engine) -> None:
     keys, stored = make_keys(8), engine.fill(list(range(8)), seed=1)
-    engine.scheduler.store(keys, list(range(8)))
+    engine.store(keys, list(range(8)))
     assert engine.scheduler.has_open_jobs()
     engine.step()
     assert not engine.scheduler.has_open_jobs()
     engine.fill(list(range(NUM_BLOCKS)), seed=2)
     assert engine.lookup("r", [*keys, *make_keys(2, seed=9)]) == 8
-    engine.scheduler.load("r", [20, 11, 25, 13, 9, 8, 31])  # seven of the eight
+    engine.load("r", [20, 11, 25, 13, 9, 8, 31])  # seven of the eight
     engine.step()
     assert torch.equal(engine.content([20, 11, 25, 13, 9, 8, 31]), stored[:, :, :7])
     assert engine.pinned() == 0
@@ -116,23 +145,95 @@ def test_what_was_stored_is_loaded_into_other_blocks(engine: Engine) -> None:
 
 def test_a_hit_begins_in_the_engines_own_cache_and_goes_on_in_ours(engine: Engine) -> None:
     keys, stored = make_keys(8), engine.fill(list(range(8)), seed=1)
-    engine.scheduler.store(keys, list(range(8)))
+    engine.store(keys, list(range(8)))
     engine.step()
     assert engine.lookup("r", keys[3:]) == 5
-    engine.scheduler.load("r", [10, 11, 12, 13, 14])
+    engine.load("r", [10, 11, 12, 13, 14])
     engine.step()
     assert torch.equal(engine.content([10, 11, 12, 13, 14]), stored[:, :, 3:])
 
 
 def test_nothing_is_found_before_it_has_been_copied(engine: Engine) -> None:
-    engine.scheduler.store(make_keys(4), [0, 1, 2, 3])
+    engine.store(make_keys(4), [0, 1, 2, 3])
     assert engine.lookup("r", make_keys(4)) == 0
     engine.step()
     assert engine.lookup("r", make_keys(4)) == 4
 
 
+def test_of_a_sliding_window_only_the_last_blocks_are_needed_and_loaded(tmp_path: Path) -> None:
+    """Group 1 reads two blocks back, group 2 one; the engine has given their older blocks away."""
+    engine = Engine(tmp_path, windows=(None, 2, 1))
+    try:
+        keys = make_keys(8)
+        engine.fill(list(range(24)), seed=1)
+        engine.store(keys, list(range(8)), [None] * 2 + [8, 9, 10, 11, 12, 13], [None] * 3 + [14, 15, 16, 17, 18])
+        stored = [engine.content([7]), engine.content([12, 13])[:, :2], engine.content([18])[:, :1]]
+        engine.step()
+        for is_in_host in (True, False):
+            if not is_in_host:
+                assert engine.scheduler.flush(30)
+                engine.scheduler._planes.forget_host()
+                engine.scheduler.forget("r")
+            engine.fill(list(range(NUM_BLOCKS)), seed=2)
+            assert engine.lookup("r", [*keys, *make_keys(1, seed=9)]) == 8
+            engine.load("r", list(range(8)), [None] * 6 + [20, 21], [None] * 7 + [30])
+            engine.step()
+            loaded = [engine.content([7]), engine.content([20, 21])[:, :2], engine.content([30])[:, :1]]
+            assert all(torch.equal(*pair) for pair in zip(loaded, stored, strict=True))
+        assert engine.lookup("s", keys[:3]) == 0  # group 2 has its last block of no shorter prefix than four
+        assert engine.lookup("s", keys[:5]) == 5
+        assert engine.lookup("s", [*keys[:3], *make_keys(1, seed=9)]) == 0
+        assert engine.lookup("s", keys[:5]) == 5
+        with pytest.raises(ValueError, match="blocks 2 to 2 of group 1 are to be loaded; promised were 3 to 4"):
+            engine.load("s", list(range(5)), [None] * 2 + [20] + [None] * 2, [None] * 5)
+        engine.step()
+        assert engine.pinned() == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("windows", [(2,), (2, None)])
+def test_a_group_with_a_window_may_be_the_first(windows: tuple[int | None, ...]) -> None:
+    engine = Engine(None, windows=windows)
+    try:
+        keys = make_keys(8)
+        engine.store(keys, *[list(range(8))] * len(windows))
+        engine.step()
+        assert engine.lookup("r", keys) == 8
+        engine.load("r", [None] * 6 + [20, 21], *[list(range(10, 18))] * (len(windows) - 1))
+        engine.step()
+        assert engine.pinned() == 0
+    finally:
+        engine.close()
+
+
+def test_the_longest_prefix_whose_windows_are_there(tmp_path: Path) -> None:
+    engine = Engine(None, windows=(None, 2))
+    try:
+        keys = make_keys(8)
+        engine.store(keys, list(range(8)), [None, 1, 2, None, 4, 5, None, 7])
+        engine.step()
+        assert [engine.lookup("r", keys[:n]) for n in range(1, 9)] == [0, 0, 3, 3, 3, 6, 6, 6]
+    finally:
+        engine.close()
+
+
+def test_what_ranks_hold_alike_is_stored_once(tmp_path: Path) -> None:
+    engine = Engine(None, num_workers=2, num_replicas=2)
+    try:
+        keys, stored = make_keys(4), engine.fill([0, 1, 2, 3], seed=1)[:1]
+        engine.store(keys, [0, 1, 2, 3])
+        engine.step()
+        assert engine.lookup("r", keys) == 4
+        engine.load("r", [4, 5, 6, 7])
+        engine.step()
+        assert torch.equal(engine.content([4, 5, 6, 7]), stored.expand(2, -1, -1, -1))
+    finally:
+        engine.close()
+
+
 def test_a_promise_ends_with_the_step(engine: Engine) -> None:
-    engine.scheduler.store(make_keys(4), [0, 1, 2, 3])
+    engine.store(make_keys(4), [0, 1, 2, 3])
     engine.step()
     assert engine.lookup("r", make_keys(4)) == 4
     assert engine.lookup("r", make_keys(4)) == 4  # asked again: pinned once
@@ -147,11 +248,11 @@ def test_a_promise_ends_with_the_step(engine: Engine) -> None:
 def test_more_than_was_promised_is_refused() -> None:
     engine = Engine(None)
     try:
-        engine.scheduler.store(make_keys(4), [0, 1, 2, 3])
+        engine.store(make_keys(4), [0, 1, 2, 3])
         engine.step()
         engine.lookup("r", make_keys(4))
-        with pytest.raises(ValueError, match="5 blocks are to be loaded, 4 were promised"):
-            engine.scheduler.load("r", [1, 2, 3, 4, 5])
+        with pytest.raises(ValueError, match="blocks 0 to 4 of group 0 are to be loaded; promised were 0 to 3"):
+            engine.load("r", [1, 2, 3, 4, 5])
         assert engine.pinned() == 0
     finally:
         engine.close()
@@ -160,7 +261,7 @@ def test_more_than_was_promised_is_refused() -> None:
 def test_where_there_is_no_room_the_tail_is_dropped() -> None:
     engine = Engine(None, host_blocks=6)
     try:
-        engine.scheduler.store(make_keys(10), list(range(10)))
+        engine.store(make_keys(10), list(range(10)))
         engine.step()
         assert engine.lookup("r", make_keys(10)) == 6
         assert engine.scheduler.stats()["host"]["dropped_blocks"] == 4
@@ -169,9 +270,9 @@ def test_where_there_is_no_room_the_tail_is_dropped() -> None:
 
 
 def test_a_reset_hides_what_was_stored_and_what_is_on_its_way(engine: Engine) -> None:
-    engine.scheduler.store(make_keys(4), [0, 1, 2, 3])
+    engine.store(make_keys(4), [0, 1, 2, 3])
     engine.step()
-    engine.scheduler.store(make_keys(4, seed=1), [4, 5, 6, 7])
+    engine.store(make_keys(4, seed=1), [4, 5, 6, 7])
     engine.scheduler.reset()
     engine.step()
     assert engine.lookup("r", make_keys(4)) == 0
@@ -179,7 +280,7 @@ def test_a_reset_hides_what_was_stored_and_what_is_on_its_way(engine: Engine) ->
 
 
 def test_a_job_out_of_bounds_copies_nothing(engine: Engine) -> None:
-    engine.scheduler.store(make_keys(4), [0, 1, 2, NUM_BLOCKS])
+    engine.store(make_keys(4), [0, 1, 2, NUM_BLOCKS])
     with pytest.raises(IndexError, match="out of bounds"):
         engine.step()
 
@@ -188,16 +289,16 @@ def test_after_a_restart_the_disk_answers(tmp_path: Path, shape: tuple[int, int]
     per_chunk, num_workers = shape
     engine = Engine(tmp_path, per_chunk=per_chunk, num_workers=num_workers)
     stored = engine.fill(list(range(8)), seed=1)
-    engine.scheduler.store(make_keys(8), list(range(8)))
+    engine.store(make_keys(8), list(range(8)))
     engine.step()
     assert engine.scheduler.flush(30)
     engine.close()
     engine = Engine(tmp_path, per_chunk=per_chunk, num_workers=num_workers)
     try:
-        engine.scheduler.begin("r", make_keys(8))
+        engine.begin("r", make_keys(8))
         assert engine.lookup("r", make_keys(8)) == 8
         assert engine.lookup("s", make_keys(8)) == 8  # shares the prefix: it is in host memory now
-        engine.scheduler.load("r", list(range(10, 18)))
+        engine.load("r", list(range(10, 18)))
         engine.step()
         assert torch.equal(engine.content(list(range(10, 18))), stored)
         assert engine.pinned() == 0
@@ -207,15 +308,15 @@ def test_after_a_restart_the_disk_answers(tmp_path: Path, shape: tuple[int, int]
 
 def test_requests_that_share_a_prefix_bring_it_up_once(tmp_path: Path) -> None:
     engine = Engine(tmp_path)
-    engine.scheduler.store(make_keys(8), list(range(8)))
+    engine.store(make_keys(8), list(range(8)))
     engine.step()
     assert engine.scheduler.flush(30)
     engine.close()
     engine = Engine(tmp_path)
     try:
-        engine.scheduler.begin("long", make_keys(8))
-        engine.scheduler.begin("short", make_keys(8)[:4])
-        engine.scheduler.begin("other", [*make_keys(8)[:4], *make_keys(4, seed=5)])
+        engine.begin("long", make_keys(8))
+        engine.begin("short", make_keys(8)[:4])
+        engine.begin("other", [*make_keys(8)[:4], *make_keys(4, seed=5)])
         assert engine.lookup("short", make_keys(8)[:4]) == 4
         assert engine.lookup("other", [*make_keys(8)[:4], *make_keys(4, seed=5)]) == 4
         assert engine.lookup("long", make_keys(8)) == 8
@@ -230,7 +331,7 @@ def test_the_scheduler_never_waits_for_storage(tmp_path: Path) -> None:
     import signal
 
     engine = Engine(tmp_path)
-    engine.scheduler.store(make_keys(8), list(range(8)))
+    engine.store(make_keys(8), list(range(8)))
     engine.step()
     assert engine.scheduler.flush(30)
     engine.scheduler._planes.forget_host()
@@ -239,7 +340,7 @@ def test_the_scheduler_never_waits_for_storage(tmp_path: Path) -> None:
     try:
         start = time.monotonic()
         for _ in range(10):
-            assert engine.scheduler.lookup("r", make_keys(8)) is None
+            assert engine.scheduler.lookup("r", [make_keys(8)]) is None
             engine.step()
         assert time.monotonic() - start < 1.5  # the find itself may take two seconds
     finally:

@@ -17,6 +17,8 @@ from typing import Annotated
 
 import typer
 
+from tools.proxy.command import proxy
+
 app = typer.Typer(
     name="kvstore",
     no_args_is_help=True,
@@ -189,6 +191,9 @@ def _errors() -> Iterator[None]:
         sys.stdout.flush()
         typer.echo("\n".join(map(printable, f"kvstore: {e}".splitlines())), err=True)
         raise typer.Exit(2) from None
+
+
+app.command()(_errors()(proxy))
 
 
 def main() -> None:

@@ -175,7 +175,7 @@ def statistics_of(row: NDArray[np.uint8], fmt: StoredFormat, position: int) -> l
     return [
         PartStatistics.of(layer, part, blocks_BL2HTD[position, layer, i].to(torch.float64))
         for layer in range(layout.num_layers)
-        for i, part in enumerate("KV")
+        for i, part in enumerate("KV"[: layout.kv_dim])
     ]
 
 

@@ -19,13 +19,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from connectors.base import Step
+from connectors.base import Step, Stripe
 from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from connectors.shared_storage import SharedStorageScheduler
 from connectors.tier_sampler import TierSampler
-from connectors.vllm.identity import UnsupportedEngineError, identity_of
+from connectors.vllm.groups import CacheGroups, UnsupportedEngineError
+from connectors.vllm.identity import identity_of
 from connectors.vllm.metrics import TierPromMetrics, TierStatsSample
 from connectors.vllm.settings import Settings
 from connectors.weights_digest import folder_digest
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GIB: Final = 1 << 30
+_IDLE_WAIT_S: Final = 0.002
+_NULL_BLOCK: Final = 0  # vLLM's placeholder for a block that a sliding window has left
 
 
 @dataclass
@@ -71,7 +76,7 @@ class Reports(KVConnectorWorkerMetadata):
         return Reports(total)
 
 
-class KVStoreOffloadingConnector(KVConnectorBase_V1):
+class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
     """KV in host memory, and below it on disk and on a shared path.
 
     ``kv_connector_extra_config``: see `connectors.vllm.settings.Settings`. ``kv_role`` says
@@ -86,15 +91,17 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config or {}
         settings = Settings.of(extra, self._required)
-        identity = identity_of(vllm_config, kv_cache_config, settings.model_revision)
+        self._groups = CacheGroups.of(vllm_config, kv_cache_config)
+        identity = identity_of(vllm_config, kv_cache_config, self._groups, settings.model_revision)
         self._store_config = settings.store_config(identity, default_host_nbytes=self._default_host_nbytes)
         self._block_size = identity.layout.block_size
-        self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._worker: OffloadingWorker | None = None
         self._scheduler: OffloadingScheduler | None = None
         self._sampler: TierSampler | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = OffloadingScheduler(self._store_config, self._tp_size)
+            half = OffloadingScheduler if self._store_config.shared is None else SharedStorageScheduler
+            num_workers = vllm_config.parallel_config.tensor_parallel_size
+            self._scheduler = half(self._store_config, num_workers, self._groups.windows)
             self._sampler = TierSampler(self._scheduler.stats)
         self._requests: dict[str, _Request] = {}
 
@@ -107,12 +114,15 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed.parallel_state import get_tp_group
 
-        names = self._kv_cache_config.kv_cache_groups[0].layer_names
-        num_blocks = self._kv_cache_config.num_blocks
-        page_nbytes = self._store_config.identity.layout.layer_nbytes // self._tp_size
-        planes = [plane for name in names for plane in planes_of(name, kv_caches[name], num_blocks, page_nbytes)]
-        rank, per_chunk = get_tp_group().rank_in_group, self._store_config.blocks_per_chunk
-        self._worker = OffloadingWorker(rank, self._tp_size, planes, per_chunk)
+        groups, num_blocks = self._groups, self._kv_cache_config.num_blocks
+        page_nbytes = groups.layout.layer_nbytes // groups.num_stripes
+        planes = [
+            [plane for name in group.layer_names for plane in planes_of(name, kv_caches[name], num_blocks, page_nbytes)]
+            for group in self._kv_cache_config.kv_cache_groups
+        ]
+        ranks = get_tp_group()
+        stripe = Stripe.of_rank(ranks.rank_in_group, ranks.world_size, groups.num_replicas)
+        self._worker = OffloadingWorker(stripe, planes, self._store_config.blocks_per_chunk)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -149,7 +159,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
     def on_new_request(self, request: Request) -> None:
         if self._kv_transfer_config.is_kv_consumer:
             keys = self._state(request).loadable_keys(0)
-            if keys:
+            if keys[0]:
                 self.scheduler.begin(request.request_id, keys)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -158,14 +168,17 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
         state = self._state(request)
         state.first = num_computed_tokens // self._block_size
         keys = state.loadable_keys(state.first)
-        found = self.scheduler.lookup(request.request_id, keys) if keys else 0
+        if not keys[0]:
+            return 0, False
+        found = self.scheduler.lookup(request.request_id, keys, expected=self._expected(request) - state.first)
         return (None if found is None else found * self._block_size), False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         n = num_external_tokens // self._block_size
         if n:
             first = self._state(request).first
-            self.scheduler.load(request.request_id, blocks.get_block_ids()[0][first : first + n])
+            ids = [_held(of_group[first : first + n]) for of_group in blocks.get_block_ids()]
+            self.scheduler.load(request.request_id, ids)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         if self._kv_transfer_config.is_kv_producer:
@@ -175,7 +188,8 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
             for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
                 if request_id in computed and request_id in self._requests:
                     self._store(request_id, computed[request_id] + num_tokens)
-        return StepMetadata(self.scheduler.end_step())
+        wait_s = 0.0 if scheduler_output.total_num_scheduled_tokens else _IDLE_WAIT_S
+        return StepMetadata(self.scheduler.end_step(wait_s=wait_s))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta
@@ -183,9 +197,18 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
             self.scheduler.reported(reports.reports)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._requests.pop(request.request_id, None)
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A producer that was asked to (``do_remote_decode``) hands over what it has stored of the prompt."""
+        state = self._requests.pop(request.request_id, None)
         self.scheduler.forget(request.request_id)
-        return False, None
+        is_asked = (request.kv_transfer_params or {}).get("do_remote_decode") is True
+        if not is_asked or state is None or not isinstance(self.scheduler, SharedStorageScheduler):
+            return False, None
+        return False, self.scheduler.hand_over(state.stored)
 
     def has_pending_push_work(self) -> bool:
         return self.scheduler.has_open_jobs()
@@ -228,21 +251,27 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1):
     def _state(self, request: Request) -> _Request:
         state = self._requests.get(request.request_id)
         if state is None:
-            state = self._requests[request.request_id] = _Request(request, self._block_size)
+            groups = len(self._groups.windows)
+            state = self._requests[request.request_id] = _Request(request, self._block_size, groups)
         return state
 
     def _store(self, request_id: str, num_computed_tokens: int) -> None:
         """Store the blocks that this step fills with tokens that are known: drafts may be rejected."""
         state, per_chunk = self._requests[request_id], self._store_config.blocks_per_chunk
         full = min(num_computed_tokens, state.request.num_tokens) // self._block_size
-        full = min(full, len(state.keys()))
+        full = min(full, state.num_keys())
         full -= full % per_chunk
         if full <= state.stored:
             return
         assert self._kv_cache_manager is not None
-        blocks = self._kv_cache_manager.get_block_ids(request_id)[0]
-        self.scheduler.store(state.keys()[state.stored : full], blocks[state.stored : full])
+        blocks = self._kv_cache_manager.get_block_ids(request_id)
+        self.scheduler.store(state.keys(state.stored, full), [_held(ids[state.stored : full]) for ids in blocks])
         state.stored = full
+
+    def _expected(self, request: Request) -> int:
+        """Leading blocks of a request that a producer has handed over."""
+        half = self.scheduler
+        return half.expected_blocks(request.kv_transfer_params) if isinstance(half, SharedStorageScheduler) else 0
 
 
 class KVStoreSharedStorageConnector(KVStoreOffloadingConnector):
@@ -255,23 +284,33 @@ class KVStoreSharedStorageConnector(KVStoreOffloadingConnector):
 class _Request:
     """What the scheduler side knows of a request: its keys so far, and how far it was stored."""
 
-    def __init__(self, request: Request, block_size: int) -> None:
+    def __init__(self, request: Request, block_size: int, num_groups: int) -> None:
         self.request, self.first, self.stored = request, 0, 0
         self._block_size = block_size
         lora = request.lora_request
         self._adapter = bytes.fromhex(folder_digest(Path(lora.lora_path))) if lora is not None else b""
-        self._keys: list[BlockKey] = []
+        self._keys: list[list[BlockKey]] = [[] for _ in range(num_groups)]
 
-    def keys(self) -> list[BlockKey]:
-        """Keys of the full blocks whose tokens are known."""
-        for block_hash in self.request.block_hashes[len(self._keys) :]:
+    def num_keys(self) -> int:
+        """Full blocks whose tokens are known."""
+        for block_hash in self.request.block_hashes[len(self._keys[0]) :]:
             digest = hashlib.sha256(block_hash + self._adapter).digest() if self._adapter else block_hash
-            self._keys.append(BlockKey.of(digest))
-        return self._keys
+            for group, keys in enumerate(self._keys):
+                keys.append(BlockKey.of(digest, group))
+        return len(self._keys[0])
 
-    def loadable_keys(self, first: int) -> list[BlockKey]:
+    def keys(self, first: int, end: int) -> list[list[BlockKey]]:
+        """Those of blocks ``first`` to ``end``, by KV cache group."""
+        self.num_keys()
+        return [keys[first:end] for keys in self._keys]
+
+    def loadable_keys(self, first: int) -> list[list[BlockKey]]:
         """From a block on; at least one token is left to compute."""
-        return self.keys()[first : (self.request.num_tokens - 1) // self._block_size]
+        return self.keys(first, (self.request.num_tokens - 1) // self._block_size)
+
+
+def _held(ids: list[int]) -> list[int | None]:
+    return [None if block == _NULL_BLOCK else block for block in ids]
 
 
 def planes_of(name: str, tensor: torch.Tensor, num_blocks: int, page_nbytes: int) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Identity of the KV of a vLLM engine, from its resolved configuration; what can't be restored right is refused."""
+"""Identity of the KV of a vLLM engine, from its resolved configuration."""
 
 from __future__ import annotations
 
@@ -6,92 +6,55 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import vllm
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
+from connectors.vllm.groups import CacheGroups
 from connectors.weights_digest import folder_digest
 from kvstore.errors import ConfigError
 from kvstore.identity import KVIdentity, Placement
-from kvstore.layout import KVLayout
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_WITHOUT_DRAFT_MODEL: Final = ("ngram", "ngram_gpu", "suffix", "custom_class")
 _DEFAULT_SEED: Final = "vllm-none-hash"  # vllm.v1.core.kv_cache_utils
 
 
-class UnsupportedEngineError(ConfigError):
-    """The engine is set up in a way whose KV cannot be stored and restored right."""
-
-
-def identity_of(config: VllmConfig, kv_cache: KVCacheConfig, revision: str | None) -> KVIdentity:
+def identity_of(config: VllmConfig, kv_cache: KVCacheConfig, groups: CacheGroups, revision: str | None) -> KVIdentity:
     """Content identity and placement of one engine.
 
     Args:
         revision: of the weights; by default the commit on the Hub, else a digest of the files.
     Raises:
-        UnsupportedEngineError: names what is not supported.
         ConfigError: no immutable revision can be found out.
     """
-    spec = _spec(config, kv_cache)
     model, text = config.model_config, config.model_config.hf_text_config
-    num_layers = sum(len(group.layer_names) for group in kv_cache.kv_cache_groups)
-    tp_size = config.parallel_config.tensor_parallel_size
-    layout = KVLayout(
-        num_layers=num_layers,
-        num_kv_heads=spec.num_kv_heads * tp_size,
-        head_size=spec.head_size,
-        block_size=spec.block_size,
-        dtype=spec.dtype,
-    )
-    if spec.page_size_bytes * tp_size != layout.layer_nbytes:
-        raise UnsupportedEngineError(
-            f"a page of {spec.page_size_bytes} bytes is not {layout.layer_nbytes // tp_size}: "
-            "padded pages, or scales in them, are not supported"
-        )
-    draft = config.speculative_config.draft_model_config if config.speculative_config is not None else None
+    draft = _draft_model(config)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     return KVIdentity(
-        model=str(model.served_model_name or model.model) if not os.path.isdir(model.model) else Path(model.model).name,
+        model=Path(model.model).name if os.path.isdir(model.model) else model.model,
         revision=revision or _revision(model),
-        layout=layout,
+        layout=groups.layout,
         draft_model="" if draft is None else f"{Path(draft.model).name}@{_revision(draft)}",
-        kv_scales=str(config.cache_config.cache_dtype) if layout.dtype.itemsize == 1 else "",
+        kv_scales=str(config.cache_config.cache_dtype) if groups.layout.dtype.itemsize == 1 else "",
         rope=json.dumps(rope, sort_keys=True, default=str),
-        group_kind=_group_kind(spec),
+        group_kind=groups.kind,
         hash_algorithm=config.cache_config.prefix_caching_hash_algo,
         hash_seed=_hash_seed(config),
-        placement=Placement(tp_size=tp_size, byte_layout=_byte_layout(config, kv_cache)),
+        placement=Placement(tp_size=groups.num_stripes, byte_layout=_byte_layout(config, kv_cache)),
     )
 
 
-def _spec(config: VllmConfig, kv_cache: KVCacheConfig) -> FullAttentionSpec:
-    """The one kind of KV cache that there is; raises UnsupportedEngineError for any other set-up."""
-    parallel, cache = config.parallel_config, config.cache_config
-    for what, value in (
-        ("pipeline parallelism", parallel.pipeline_parallel_size),
-        ("decode context parallelism", parallel.decode_context_parallel_size),
-        ("prefill context parallelism", getattr(parallel, "prefill_context_parallel_size", 1)),
-        ("tensor parallelism over hosts", getattr(parallel, "nnodes", 1)),
-    ):
-        if value > 1:
-            raise UnsupportedEngineError(f"{what} ({value}) is not supported")
-    if getattr(cache, "calculate_kv_scales", False):
-        raise UnsupportedEngineError(
-            "calculate_kv_scales: KV with scales found at run time cannot be reused; give static ones"
-        )
-    kinds = {type(group.kv_cache_spec).__name__ for group in kv_cache.kv_cache_groups}
-    spec = kv_cache.kv_cache_groups[0].kv_cache_spec if kv_cache.kv_cache_groups else None
-    if spec is None or len(kv_cache.kv_cache_groups) != 1 or type(spec) is not FullAttentionSpec:
-        raise UnsupportedEngineError(
-            f"KV cache groups of {', '.join(sorted(kinds)) or 'no kind'} are not supported; one of FullAttentionSpec is"
-        )
-    if spec.head_size_v != spec.head_size or spec.num_heads != spec.num_kv_heads or spec.tokens_per_state != 1:
-        raise UnsupportedEngineError("K and V of different sizes, or packed heads or states, are not supported")
-    return spec
+def _draft_model(config: VllmConfig) -> ModelConfig | None:
+    """The model that drafts, where it has KV of its own."""
+    speculative = config.speculative_config
+    if speculative is None or speculative.method in _WITHOUT_DRAFT_MODEL:
+        return None
+    return speculative.draft_model_config
 
 
 def _revision(model: ModelConfig) -> str:
@@ -105,12 +68,6 @@ def _revision(model: ModelConfig) -> str:
         f"{model.model}: no immutable revision is known; give --revision with a commit, "
         "or model_revision in kv_connector_extra_config"
     )
-
-
-def _group_kind(spec: FullAttentionSpec) -> str:
-    """Sliding windows are part of what is computed, though their KV is kept in full here."""
-    parts: dict[str, Any] = {"window": spec.sliding_window, "chunk": spec.attention_chunk_size}
-    return "full_attention" + "".join(f" {name}={value}" for name, value in parts.items() if value)
 
 
 def _hash_seed(config: VllmConfig) -> str:

@@ -55,6 +55,7 @@ class StoredFormat:
             head_size=_number(content, "head_size"),
             block_size=_number(content, "block_size"),
             dtype=parse_dtype(str(content.get("dtype"))),
+            kv_dim=_number(content, "kv_dim", 2),
         )
         blocks_per_chunk = _number(placed, "blocks_per_chunk")
         placement = hashlib.sha256(canonical_json(placed)).digest()[:DIGEST_NBYTES]

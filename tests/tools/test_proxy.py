@@ -1,0 +1,748 @@
+"""The proxy between real servers on loopback: who is asked what, and what a client sees when one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+
+from kvstore.errors import ConfigError
+
+aiohttp = pytest.importorskip("aiohttp")
+web = pytest.importorskip("aiohttp.web")
+
+from tools.proxy import app as proxy_app  # noqa: E402
+from tools.proxy.app import running  # noqa: E402
+from tools.proxy.messages import ASK_FOR_HAND_OVER, CHAT_PATH, prefill_copy, prompt_chars, request_headers  # noqa: E402
+from tools.proxy.relay import MAX_PREFILL_ANSWER_NBYTES  # noqa: E402
+from tools.proxy.servers import Pool  # noqa: E402
+from tools.proxy.settings import ProxySettings  # noqa: E402
+
+COMPLETIONS = "/v1/completions"
+LONG, SHORT = "long " * 200, "short"
+DOWN = "http://127.0.0.1:1"
+PARAMS = {"remote_block_ids": [1, 2], "remote_host": "a"}
+Answer = Callable[["Fake", Any, dict[str, Any]], Awaitable[Any]]
+
+
+class Fake:
+    """An OpenAI-compatible server that notes what it is asked and answers as told."""
+
+    def __init__(self, name: str, answer: Answer | None = None) -> None:
+        self.name, self.answer = name, answer or say
+        self.asked: list[tuple[str, Any, Any]] = []
+        self.health = 200
+        self.go_on = asyncio.Event()
+        self.left = asyncio.Event()
+        self.url = ""
+
+    @property
+    def bodies(self) -> list[Any]:
+        return [body for _, _, body in self.asked]
+
+    async def handle(self, request: Any) -> Any:
+        if request.path == "/health":
+            return web.Response(status=self.health)
+        body = await request.json() if request.can_read_body else None
+        self.asked.append((request.path, request.headers, body))
+        try:
+            return await self.answer(self, request, body)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+
+    @asynccontextmanager
+    async def at(self, port: int = 0) -> AsyncIterator[Fake]:
+        application = web.Application(client_max_size=8 << 20)
+        application.router.add_route("*", "/{path:.*}", self.handle)
+        runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+
+# -- ways to answer
+
+
+async def say(fake: Fake, request: Any, body: Any) -> Any:
+    return web.json_response({"from": fake.name})
+
+
+async def say_params(fake: Fake, request: Any, body: Any) -> Any:
+    return web.json_response({"choices": [], "kv_transfer_params": PARAMS})
+
+
+async def hang(fake: Fake, request: Any, body: Any) -> Any:
+    await asyncio.sleep(60)
+
+
+async def close_at_once(fake: Fake, request: Any, body: Any) -> Any:
+    request.transport.abort()
+    return web.Response()
+
+
+def status(code: int) -> Answer:
+    async def answer(fake: Fake, request: Any, body: Any) -> Any:
+        return web.json_response({"error": {"message": f"{fake.name} says {code}"}}, status=code)
+
+    return answer
+
+
+def text(content: str) -> Answer:
+    async def answer(fake: Fake, request: Any, body: Any) -> Any:
+        return web.Response(text=content)
+
+    return answer
+
+
+def stream(end: str) -> Answer:
+    """Two events; the second and what follows wait for ``go_on``."""
+
+    async def answer(fake: Fake, request: Any, body: Any) -> Any:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        await response.write(b'data: {"n": 1}\n\n')
+        await fake.go_on.wait()
+        await response.write(b'data: {"n": 2}\n\n')
+        if end == "done":
+            await response.write(b"data: [DONE]\n\n")
+        elif end == "die":
+            await asyncio.sleep(0.05)
+            request.transport.abort()
+        elif end == "hang":
+            await asyncio.sleep(60)
+        return response
+
+    return answer
+
+
+# -- the proxy
+
+
+def settings(prefill: list[str], decode: list[str], **changes: Any) -> ProxySettings:
+    given: dict[str, Any] = {
+        "port": 0, "prefill_timeout_s": 5.0, "connect_timeout_s": 5.0, "idle_timeout_s": 5.0, "health_interval_s": 0.05,
+    }  # fmt: skip
+    return ProxySettings(prefill=tuple(prefill), decode=tuple(decode), **{**given, **changes})
+
+
+class Client:
+    """What a client of the proxy does."""
+
+    def __init__(self, url: str, session: Any) -> None:
+        self.url, self.session = url, session
+
+    def post(self, prompt: str = SHORT, path: str = COMPLETIONS, headers: Any = None, **fields: Any) -> Any:
+        body = {"model": "m", "prompt": prompt, **fields}
+        data = io.BytesIO(json.dumps(body).encode())
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        return self.session.post(self.url + path, data=data, headers=headers)
+
+    async def ask(self, prompt: str = SHORT, **fields: Any) -> tuple[int, Any]:
+        async with self.post(prompt, **fields) as answer:
+            return answer.status, await answer.json()
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.session.get(self.url + path) as answer:
+            return answer.status, await answer.json()
+
+    async def server(self, url: str, role: str = "decode") -> Any:
+        _, shown = await self.get("/status")
+        return next(s for s in shown["servers"] if (s["url"], s["role"]) == (url, role))
+
+
+Test = Callable[..., Coroutine[Any, Any, None]]
+
+
+def play(test: Test, *fakes: Fake, prefill: Any = None, decode: Any = None, **changes: Any) -> None:
+    """Run a test with a client of a proxy in front of servers; the first prefills unless lists are given."""
+
+    async def main() -> None:
+        async with asyncio.timeout(10), contexts(fakes):
+            before = [u if isinstance(u, str) else u.url for u in (prefill or fakes[:1])]
+            behind = [u if isinstance(u, str) else u.url for u in (decode or fakes[1:])]
+            async with running(settings(before, behind, **changes)) as url, aiohttp.ClientSession() as session:
+                await test(Client(url, session))
+
+    asyncio.run(main())
+
+
+@asynccontextmanager
+async def contexts(fakes: Any) -> AsyncIterator[None]:
+    if not fakes:
+        yield
+        return
+    async with fakes[0].at(), contexts(fakes[1:]):
+        yield
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    while not await condition():
+        await asyncio.sleep(0.01)
+
+
+# -- prefill, then decode
+
+
+def test_prefill_then_decode_with_its_params() -> None:
+    a, b = Fake("a", say_params), Fake("b")
+
+    async def test(client: Client) -> None:
+        headers = {"X-Request-Id": "id-7", "Authorization": "Bearer key", "TE": "trailers"}
+        fields = {"max_tokens": 50, "min_tokens": 5, "stream": False, "n": 2, "logprobs": 3, "temperature": 0.5}
+        async with client.post(LONG, headers=headers, **fields) as answer:
+            assert (answer.status, await answer.json()) == (200, {"from": "b"})
+            assert answer.headers["X-Request-Id"] == "id-7"
+        kept = {"model": "m", "prompt": LONG, "temperature": 0.5}
+        assert a.bodies == [{**kept, "max_tokens": 1, "stream": False, "n": 1, "kv_transfer_params": ASK_FOR_HAND_OVER}]
+        assert b.bodies == [{"model": "m", "prompt": LONG, **fields, "kv_transfer_params": PARAMS}]
+        for _, got, _ in (*a.asked, *b.asked):
+            assert (got["X-Request-Id"], got["Authorization"]) == ("id-7", "Bearer key")
+            assert "TE" not in got
+
+    play(test, a, b)
+
+
+def test_chat_is_prefilled_by_the_length_of_its_messages() -> None:
+    a, b = Fake("a", say_params), Fake("b")
+
+    async def test(client: Client) -> None:
+        messages = [{"role": "user", "content": LONG}]
+        await client.ask(path=CHAT_PATH, messages=messages, prompt=None, max_completion_tokens=9, stream_options={})
+        ((path, _, body),) = a.asked
+        assert (path, body["max_tokens"], body["max_completion_tokens"]) == (CHAT_PATH, 1, 1)
+        assert "stream_options" not in body
+        assert b.bodies[0]["kv_transfer_params"] == PARAMS
+
+    play(test, a, b)
+
+
+def test_one_id_for_both_where_the_client_has_none() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def test(client: Client) -> None:
+        await client.ask(LONG)
+        ((_, of_a, _),), ((_, of_b, _),) = a.asked, b.asked
+        assert of_a["X-Request-Id"] == of_b["X-Request-Id"] != ""
+        assert "kv_transfer_params" not in b.bodies[0]
+
+    play(test, a, b)
+
+
+def test_short_prompt_skips_prefill() -> None:
+    a, b = Fake("a", say_params), Fake("b")
+
+    async def test(client: Client) -> None:
+        assert await client.ask(SHORT, seed=1) == (200, {"from": "b"})
+        assert a.asked == []
+        assert b.bodies == [{"model": "m", "prompt": SHORT, "seed": 1}]
+
+    play(test, a, b)
+
+
+def test_many_large_requests_at_once() -> None:
+    a, b1, b2 = Fake("a", say_params), Fake("b1"), Fake("b2")
+
+    async def test(client: Client) -> None:
+        prompt = "x" * (3 << 19)
+        answers = await asyncio.gather(*(client.ask(prompt, seed=i) for i in range(8)))
+        assert [code for code, _ in answers] == [200] * 8
+        assert sorted(body["seed"] for body in b1.bodies + b2.bodies) == list(range(8))
+        assert len(b1.asked) == len(b2.asked) == 4
+        assert all(body["kv_transfer_params"] == PARAMS for body in b1.bodies + b2.bodies)
+
+    play(test, a, b1, b2)
+
+
+def test_lengths_of_prompts() -> None:
+    parts = [{"type": "text", "text": "abc"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": None}]
+    messages = [{"content": "ab"}, {"content": parts}, {"content": None}, 7]
+    assert prompt_chars({"prompt": "abc"}) == prompt_chars({"prompt": ["abc"]}) == 3
+    assert prompt_chars({"prompt": [5, 6]}) == prompt_chars({"prompt": [[5, 6]]}) == 8
+    assert prompt_chars({"messages": messages}) == 5
+    assert prompt_chars({"prompt": ["abc", "abc"]}) is prompt_chars({"prompt": [[1], [2]]}) is None
+    for odd in ({}, {"prompt": 7}, {"prompt": []}, {"prompt": [None]}, {"messages": "abc"}):
+        assert prompt_chars(odd) == 0
+
+
+def test_prefill_copy_leaves_the_request_alone() -> None:
+    body = {"prompt": "a", "logprobs": 1, "stream": True}
+    copy = {"prompt": "a", "max_tokens": 1, "stream": False, "n": 1, "kv_transfer_params": ASK_FOR_HAND_OVER}
+    assert json.loads(prefill_copy(COMPLETIONS, body)) == copy
+    assert body == {"prompt": "a", "logprobs": 1, "stream": True}
+
+
+def test_a_clients_own_transfer_params_reach_no_server() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def test(client: Client) -> None:
+        async with client.post(LONG, kv_transfer_params={"remote_host": "10.0.0.1"}) as answer:
+            assert answer.status == 200
+        async with client.post("short", kv_transfer_params={"remote_host": "10.0.0.1"}) as answer:
+            assert answer.status == 200
+        assert a.bodies[0]["kv_transfer_params"] == ASK_FOR_HAND_OVER
+        assert ["kv_transfer_params" in body for body in b.bodies] == [False, False]
+
+    play(test, a, b, prefill=[a], decode=[b])
+
+
+def test_headers_named_by_connection_are_not_forwarded() -> None:
+    kept = request_headers({"Connection": "close, X-Mine", "X-Mine": "1", "X-Other": "2", "Host": "h"})
+    assert set(kept) == {"X-Other", "X-Request-Id", "Accept-Encoding"}
+
+
+# -- prefill fails
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [status(500), status(503), status(302), text("no json"), text("[]"), text("[" * 100_000), close_at_once, hang,
+     text(" " * (MAX_PREFILL_ANSWER_NBYTES + 1))],
+    ids=["500", "503", "302", "no-json", "no-object", "nested", "closed", "hanging", "oversized"],
+)  # fmt: skip
+def test_failed_prefill_is_tried_once_elsewhere(answer: Answer) -> None:
+    a1, a2, b = Fake("a1", answer), Fake("a2", say_params), Fake("b")
+
+    async def test(client: Client) -> None:
+        for _ in range(2):  # in turn, so one of them begins at the bad one
+            assert await client.ask(LONG) == (200, {"from": "b"})
+        assert [body["kv_transfer_params"] for body in b.bodies] == [PARAMS, PARAMS]
+        assert (len(a1.asked), len(a2.asked)) == (1, 2)
+        assert (await client.server(a1.url, "prefill"))["failures"] == 1
+
+    play(test, a1, a2, b, prefill=[a1, a2], decode=[b], idle_timeout_s=1.0)
+
+
+def test_prefill_down_decode_still_answers() -> None:
+    b = Fake("b")
+
+    async def test(client: Client) -> None:
+        assert await client.ask(LONG) == (200, {"from": "b"})
+        assert b.bodies == [{"model": "m", "prompt": LONG}]
+        assert not (await client.server(DOWN, "prefill"))["healthy"]
+
+    play(test, b, prefill=[DOWN], decode=[b])
+
+
+def test_hanging_prefill_ends_by_its_deadline() -> None:
+    a, b = Fake("a", hang), Fake("b")
+
+    async def test(client: Client) -> None:
+        begin = time.monotonic()
+        assert await client.ask(LONG) == (200, {"from": "b"})
+        assert 0.2 < time.monotonic() - begin < 3.0
+        assert (await client.server(a.url, "prefill"))["last_error"] == "gave no answer in time"
+        await a.left.wait()
+
+    play(test, a, b, prefill_timeout_s=0.3)
+
+
+def test_prefill_that_refuses_is_the_decode_servers_to_tell() -> None:
+    a1, a2, b = Fake("a1", status(400)), Fake("a2", status(400)), Fake("b", status(400))
+
+    async def test(client: Client) -> None:
+        assert await client.ask(LONG) == (400, {"error": {"message": "b says 400"}})
+        assert len(a1.asked) + len(a2.asked) == 1
+        assert (await client.server(a1.url, "prefill"))["failures"] == 0
+
+    play(test, a1, a2, b, prefill=[a1, a2], decode=[b])
+
+
+# -- decode fails
+
+
+@pytest.mark.parametrize("answer", [status(502), status(503), status(504), close_at_once])
+def test_failed_decode_is_tried_elsewhere(answer: Answer) -> None:
+    a, b1, b2 = Fake("a"), Fake("b1", answer), Fake("b2")
+
+    async def test(client: Client) -> None:
+        for _ in range(2):
+            assert await client.ask() == (200, {"from": "b2"})
+        assert len(b1.asked) == 1
+
+    play(test, a, b1, b2)
+
+
+def test_decode_that_refuses_connections_is_out_at_once() -> None:
+    a, b1, b2 = Fake("a"), Fake("b1"), Fake("b2")
+
+    async def main() -> None:
+        async with a.at(), b2.at():
+            async with b1.at():
+                proxy = running(settings([a.url], [b1.url, b2.url], health_interval_s=60.0))
+                url = await proxy.__aenter__()
+            async with aiohttp.ClientSession() as session:
+                client = Client(url, session)
+                assert (await client.server(b1.url))["healthy"]
+                for _ in range(3):
+                    assert await client.ask() == (200, {"from": "b2"})
+                shown = await client.server(b1.url)
+                assert (shown["healthy"], shown["requests"], shown["failures"]) == (False, 1, 1)
+            await proxy.__aexit__(None, None, None)
+
+    asyncio.run(main())
+
+
+def test_all_decode_servers_failing_is_a_503_that_names_them() -> None:
+    a, b1, b2 = Fake("a"), Fake("b1", status(503)), Fake("b2", close_at_once)
+
+    async def test(client: Client) -> None:
+        code, body = await client.ask()
+        assert (code, body["error"]["type"], body["error"]["code"]) == (503, "server_error", 503)
+        assert f"{b1.url}: answered 503" in body["error"]["message"]
+        assert f"{b2.url}: closed the connection" in body["error"]["message"]
+
+    play(test, a, b1, b2)
+
+
+def test_no_healthy_decode_server() -> None:
+    a = Fake("a")
+
+    async def test(client: Client) -> None:
+        code, body = await client.ask(LONG)
+        assert code == 503
+        assert f"{DOWN}: out (health: " in body["error"]["message"]
+        assert (await client.get("/health"))[0] == 503
+
+    play(test, a, prefill=[a], decode=[DOWN])
+
+
+def test_hanging_decode_ends_by_its_deadline() -> None:
+    a, b1, b2 = Fake("a"), Fake("b1", hang), Fake("b2", hang)
+
+    async def test(client: Client) -> None:
+        begin = time.monotonic()
+        code, body = await client.ask()
+        assert 0.2 < time.monotonic() - begin < 3.0
+        assert (code, body["error"]["code"]) == (504, 504)
+        assert len(b1.asked) + len(b2.asked) == 1
+
+    play(test, a, b1, b2, idle_timeout_s=0.3)
+
+
+def test_answer_without_stream_that_breaks_is_cut_off() -> None:
+    async def half(fake: Fake, request: Any, body: Any) -> Any:
+        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "100"})
+        await response.prepare(request)
+        await response.write(b'{"half": ')
+        await asyncio.sleep(0.05)
+        request.transport.abort()
+        return response
+
+    async def test(client: Client) -> None:
+        with pytest.raises(aiohttp.ClientError):
+            await client.ask()
+
+    play(test, Fake("a"), Fake("b", half))
+
+
+def test_server_error_is_relayed() -> None:
+    a, b = Fake("a"), Fake("b", status(500))
+
+    async def test(client: Client) -> None:
+        assert await client.ask() == (500, {"error": {"message": "b says 500"}})
+        assert (await client.server(b.url))["last_error"] == "answered 500"
+
+    play(test, a, b)
+
+
+# -- streams
+
+
+def test_stream_is_relayed_chunk_by_chunk() -> None:
+    b = Fake("b", stream("done"))
+
+    async def test(client: Client) -> None:
+        async with client.post(stream=True) as answer:
+            assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+            assert await answer.content.readany() == b'data: {"n": 1}\n\n'  # the second waits for go_on
+            b.go_on.set()
+            assert await answer.content.read() == b'data: {"n": 2}\n\ndata: [DONE]\n\n'
+
+    play(test, Fake("a"), b)
+
+
+@pytest.mark.parametrize("end", ["die", "hang", "no done"])
+def test_stream_that_breaks_ends_with_an_error_event(end: str) -> None:
+    b = Fake("b", stream(end))
+
+    async def test(client: Client) -> None:
+        b.go_on.set()
+        async with client.post(stream=True) as answer:
+            events = [line for line in (await answer.text()).split("\n\n") if line]
+        assert events[:2] == ['data: {"n": 1}', 'data: {"n": 2}']
+        (last,) = events[2:]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert b.url in error["message"]
+        assert (error["type"], error["code"]) == ("server_error", 502)
+        assert (await client.server(b.url))["failures"] == 1
+
+    play(test, Fake("a"), b, idle_timeout_s=0.5)
+
+
+def test_client_that_leaves_a_stream_is_seen_by_the_server() -> None:
+    b = Fake("b", stream("done"))
+
+    async def test(client: Client) -> None:
+        answer = await client.post(stream=True)
+        await answer.content.readany()
+        answer.close()
+        await asyncio.wait_for(b.left.wait(), 2.0)  # before any deadline of the proxy
+        assert (await client.server(b.url))["in_flight"] == 0
+
+    play(test, Fake("a"), b)
+
+
+def test_client_that_leaves_during_prefill_is_seen_by_the_server() -> None:
+    a, b = Fake("a", hang), Fake("b")
+
+    async def test(client: Client) -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.ask(LONG), 0.2)
+        await asyncio.wait_for(a.left.wait(), 2.0)
+        assert b.asked == []
+
+    play(test, a, b)
+
+
+def test_client_that_does_not_read_is_left() -> None:
+    async def flood(fake: Fake, request: Any, body: Any) -> Any:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        while True:
+            await response.write(b"data: " + b"x" * 100_000 + b"\n\n")
+
+    b = Fake("b", flood)
+
+    async def test(client: Client) -> None:
+        answer = await client.post(stream=True)
+        await until(partial(ended, client))
+        answer.close()
+
+    async def ended(client: Client) -> bool:
+        return bool((await client.server(b.url))["in_flight"] == 0)
+
+    play(test, Fake("a"), b, idle_timeout_s=0.2)
+
+
+# -- bounds and paths
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000], ids=["empty", "cut", "list", "bytes", "nested"]
+)
+def test_bad_bodies_are_400(data: bytes) -> None:
+    b = Fake("b")
+
+    async def test(client: Client) -> None:
+        async with client.session.post(client.url + COMPLETIONS, data=data) as answer:
+            error = (await answer.json())["error"]
+            assert (answer.status, error["type"], error["code"]) == (400, "invalid_request_error", 400)
+        assert b.asked == []
+
+    play(test, Fake("a"), b)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_oversized_bodies_are_413(chunked: bool) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" " * 65536
+
+    async def test(client: Client) -> None:
+        data = chunks() if chunked else io.BytesIO(b" " * (2 << 20))
+        async with client.session.post(client.url + COMPLETIONS, data=data) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (413, 413)
+
+    play(test, Fake("a"), Fake("b"), max_body_mib=1)
+
+
+def test_body_that_does_not_arrive_is_408() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def test(client: Client) -> None:
+        async with client.session.post(client.url + COMPLETIONS, data=chunks()) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (408, 408)
+
+    play(test, Fake("a"), Fake("b"), idle_timeout_s=0.2)
+
+
+def test_more_than_allowed_in_flight_is_429() -> None:
+    b = Fake("b", stream("done"))
+
+    async def test(client: Client) -> None:
+        async with client.post(stream=True) as answer:
+            await answer.content.readany()
+            code, body = await client.ask()
+            assert (code, body["error"]["type"], body["error"]["code"]) == (429, "rate_limit_error", 429)
+            assert (await client.get("/health"))[0] == 200
+            b.go_on.set()
+            await answer.read()
+        assert len(b.asked) == 1
+        async with client.post(stream=True) as answer:
+            assert answer.status == 200
+            await answer.read()
+
+    play(test, Fake("a"), b, max_in_flight=1)
+
+
+def test_models_is_relayed_and_other_paths_are_404() -> None:
+    b = Fake("b")
+
+    async def test(client: Client) -> None:
+        assert await client.get("/v1/models") == (200, {"from": "b"})
+        for path in ("/", "/v1/embeddings", COMPLETIONS):
+            code, body = await client.get(path)
+            assert (code, body["error"]["code"]) == (404, 404)
+        assert [path for path, _, _ in b.asked] == ["/v1/models"]
+
+    play(test, Fake("a"), b)
+
+
+# -- which server, and how they do
+
+
+def test_pick_takes_the_least_busy_and_ties_in_turn() -> None:
+    pool = Pool("decode", ["a", "b", "c"])
+    assert pool.pick(()) is None
+    for server in pool.servers:
+        server.probe_succeeded()
+    a, b, c = pool.servers
+    assert [pool.pick(()) for _ in range(4)] == [a, b, c, a]
+    a.in_flight = b.in_flight = 2
+    assert [pool.pick(()) for _ in range(2)] == [c, c]
+    assert pool.pick((c,)) is a
+    a.healthy = False
+    assert pool.pick((c,)) is b
+
+
+def test_two_failures_in_a_row_take_a_server_out_and_one_success_brings_it_back() -> None:
+    (server,) = Pool("decode", ["a"]).servers
+    server.probe_succeeded()
+    for failed in (1, 0, 1, 1):
+        assert server.healthy
+        server.probe_failed("why") if failed else server.probe_succeeded()
+    assert not server.healthy
+    server.probe_succeeded()
+    assert server.healthy
+    server.request_failed("why")
+    assert server.healthy
+    server.request_failed("why", connect=True)
+    assert not server.healthy
+
+
+def test_health_goes_out_and_comes_back() -> None:
+    b = Fake("b")
+
+    async def test(client: Client) -> None:
+        for health in (500, 200):
+            b.health = health
+            wanted = {500: 503, 200: 200}[health]
+            await until(partial(shows, client, wanted))
+        assert (await client.server(b.url))["last_error"] == "health: answered 500"
+
+    async def shows(client: Client, wanted: int) -> bool:
+        return (await client.get("/health"))[0] == wanted
+
+    play(test, Fake("a"), b)
+
+
+def test_status_names_each_server() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def test(client: Client) -> None:
+        await client.ask(LONG)
+        _, shown = await client.get("/status")
+        same = {"healthy": True, "in_flight": 0, "requests": 1, "failures": 0, "last_error": None}
+        servers = [{"url": a.url, "role": "prefill", **same}, {"url": b.url, "role": "decode", **same}]
+        assert shown == {"in_flight": 0, "servers": servers}
+
+    play(test, a, b)
+
+
+# -- start and stop
+
+
+def test_requests_in_flight_end_before_it_stops() -> None:
+    a, b = Fake("a"), Fake("b", stream("done"))
+
+    async def main() -> None:
+        async with a.at(), b.at(), aiohttp.ClientSession() as session:
+            async with running(settings([a.url], [b.url])) as url:
+                client = Client(url, session)
+                answer = await client.post(stream=True)
+                asyncio.get_running_loop().call_later(0.1, b.go_on.set)
+            assert (await answer.text()).endswith("data: [DONE]\n\n")
+            with pytest.raises(aiohttp.ClientConnectorError):
+                await client.ask()
+
+    asyncio.run(main())
+
+
+def test_what_does_not_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_app, "GRACE_S", 0.1)
+    monkeypatch.setattr(proxy_app, "_CLOSE_S", 0.1)
+    a, b = Fake("a"), Fake("b", stream("done"))
+
+    async def main() -> None:
+        async with a.at(), b.at(), aiohttp.ClientSession() as session:
+            begin = time.monotonic()
+            async with running(settings([a.url], [b.url])) as url:
+                answer = await Client(url, session).post(stream=True)
+            assert time.monotonic() - begin < 3.0
+            with pytest.raises(aiohttp.ClientError):
+                await answer.read()
+            await asyncio.wait_for(b.left.wait(), 1.0)
+
+    asyncio.run(main())
+
+
+def test_port_that_is_taken_is_named() -> None:
+    a = Fake("a")
+
+    async def test(client: Client) -> None:
+        port = int(a.url.rpartition(":")[2])
+        with pytest.raises(ConfigError, match=f"--port {port}: cannot listen"):
+            async with running(settings([a.url], [a.url], port=port)):
+                pass
+
+    play(test, a, prefill=[a], decode=[a])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"prefill": []}, r"--prefill: \(\)"),
+        ({"decode": ["b:80"]}, "--decode: 'b:80'"),
+        ({"decode": ["http://b:80/v1"]}, "--decode: 'http://b:80/v1'"),
+        ({"decode": ["http://b:x"]}, "--decode: 'http://b:x'"),
+        ({"decode": ["ftp://b"]}, "--decode: 'ftp://b'"),
+        ({"decode": ["http://b", "http://b/"]}, "--decode: 'http://b/' is given twice"),
+        ({"host": ""}, "--host: ''"),
+        ({"port": 65536}, "--port: 65536"),
+        ({"min_prompt_chars": -1}, "--min-prompt-chars: -1"),
+        ({"prefill_timeout_s": 0.0}, "--prefill-timeout-s: 0.0"),
+        ({"connect_timeout_s": -1.0}, "--connect-timeout-s: -1.0"),
+        ({"idle_timeout_s": float("nan")}, "--idle-timeout-s: nan"),
+        ({"health_interval_s": float("inf")}, "--health-interval-s: inf"),
+        ({"max_in_flight": 0}, "--max-in-flight: 0"),
+        ({"max_body_mib": 0}, "--max-body-mib: 0"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(changes: dict[str, Any], named: str) -> None:
+    given = {"prefill": ["http://a"], "decode": ["http://b"], **changes}
+    with pytest.raises(ConfigError, match=named):
+        settings(**given)

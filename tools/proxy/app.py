@@ -1,0 +1,166 @@
+"""The proxy's HTTP server: paths, bounds, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from kvstore.errors import ConfigError, MissingExtraError
+
+try:
+    import aiohttp
+    from aiohttp import web
+except ImportError as e:
+    raise MissingExtraError("aiohttp", "proxy") from e
+
+from tools.proxy.messages import CHAT_PATH, error_answer, parse_body, request_headers
+from tools.proxy.relay import Call, Relay
+from tools.proxy.servers import HealthWatch, Pool
+from tools.proxy.settings import ProxySettings
+
+GRACE_S: Final = 10.0
+_CLOSE_S: Final = 1.0
+_POLL_S: Final = 0.02
+_MODELS_PATH: Final = "/v1/models"
+Work = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Proxy:
+    """Handlers of all paths."""
+
+    def __init__(self, settings: ProxySettings, session: aiohttp.ClientSession) -> None:
+        self._settings = settings
+        self._prefill, self._decode = Pool("prefill", settings.prefill), Pool("decode", settings.decode)
+        self._relay = Relay(settings, session, self._prefill, self._decode)
+        self.watch = HealthWatch(settings, session, [*self._prefill.servers, *self._decode.servers])
+        self._in_flight = 0
+        self._closing = False
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_post("/v1/completions", self._bounded(self._complete))
+        app.router.add_post(CHAT_PATH, self._bounded(self._complete))
+        app.router.add_get(_MODELS_PATH, self._bounded(self._models), allow_head=False)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/status", self._status)
+        app.router.add_route("*", "/{path:.*}", self._unknown)
+        return app
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse what is new; return when all that is in flight has ended, or when the time is up."""
+        self._closing = True
+        deadline = time.monotonic() + timeout_s
+        while self._in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
+
+    def _bounded(self, work: Work) -> Work:
+        """``work``, unless there is too much of it."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            if self._closing:
+                return error_answer(503, "the proxy is shutting down")
+            if self._in_flight >= self._settings.max_in_flight:
+                return error_answer(429, f"{self._in_flight} requests are in flight already; try again later")
+            self._in_flight += 1
+            try:
+                return await work(request)
+            finally:
+                self._in_flight -= 1
+
+        return handler
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        try:
+            data = await self._read(request)
+            body = parse_body(data)
+        except _TooLargeError:
+            return error_answer(413, f"the body is larger than {self._settings.max_body_mib} MiB")
+        except TimeoutError:
+            return error_answer(408, "the body did not arrive in time")
+        except (ValueError, web.RequestPayloadError) as e:
+            return error_answer(400, str(e))
+        return await self._relay.complete(request, data, body)
+
+    async def _read(self, request: web.Request) -> bytes:
+        limit = self._settings.max_body_nbytes
+        if (request.content_length or 0) > limit:
+            raise _TooLargeError
+        data = bytearray()
+        while True:
+            async with asyncio.timeout(self._settings.idle_timeout_s):
+                chunk = await request.content.readany()
+            if not chunk:
+                return bytes(data)
+            data += chunk
+            if len(data) > limit:
+                raise _TooLargeError
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        return await self._relay.answer(request, Call("GET", _MODELS_PATH, None, request_headers(request.headers)))
+
+    async def _health(self, _: web.Request) -> web.StreamResponse:
+        if self._decode.healthy:
+            return web.json_response({"status": "ok"})
+        return error_answer(503, "no decode server is healthy")
+
+    async def _status(self, _: web.Request) -> web.StreamResponse:
+        servers = [*self._prefill.servers, *self._decode.servers]
+        return web.json_response({"in_flight": self._in_flight, "servers": [server.status() for server in servers]})
+
+    async def _unknown(self, request: web.Request) -> web.StreamResponse:
+        return error_answer(404, f"{request.method} {request.path} is not served here")
+
+
+class _TooLargeError(Exception):
+    """A body is over the bound."""
+
+
+@asynccontextmanager
+async def running(settings: ProxySettings) -> AsyncIterator[str]:
+    """Serve while the context is open; gives the URL. At its end requests in flight have `GRACE_S` to end.
+
+    Raises:
+        ConfigError: it cannot listen there.
+    """
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no server closes a connection that waits for work
+    async with aiohttp.ClientSession(
+        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+    ) as session:
+        proxy = Proxy(settings, session)
+        runner = web.AppRunner(proxy.app(), access_log=None, handler_cancellation=True, shutdown_timeout=_CLOSE_S)
+        await runner.setup()
+        try:
+            await proxy.watch.start()
+            site = web.TCPSite(runner, settings.host, settings.port)
+            try:
+                await site.start()
+            except OSError as e:
+                raise ConfigError(f"--host {settings.host} --port {settings.port}: cannot listen there: {e}") from e
+            yield _url(settings.host, runner.addresses[0][1])
+            await site.stop()
+            await proxy.drain(GRACE_S)
+        finally:
+            await runner.cleanup()
+            await proxy.watch.stop()
+
+
+def run(settings: ProxySettings, listening: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; ``listening`` gets the URL once it does."""
+    asyncio.run(_run(settings, listening))
+
+
+async def _run(settings: ProxySettings, listening: Callable[[str], None]) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with running(settings) as url:
+        listening(url)
+        await stop.wait()
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,111 @@
+"""What is read out of requests and written into them: prompts, prefill copies, headers, error bodies."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any, Final
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+CHARS_PER_TOKEN: Final = 4
+REQUEST_ID: Final = "X-Request-Id"
+CHAT_PATH: Final = "/v1/chat/completions"
+# Of no use for a prefill, or wrong with one token.
+NOT_FOR_PREFILL: Final = (
+    "min_tokens", "stream_options", "echo", "best_of", "logprobs", "top_logprobs", "prompt_logprobs",
+    "logprob_token_ids", "return_tokens_as_token_ids",
+)  # fmt: skip
+HOP_BY_HOP: Final = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+     "transfer-encoding", "upgrade")
+)  # fmt: skip
+ASK_FOR_HAND_OVER: Final = {"do_remote_decode": True}  # what vLLM's connectors look for in a prefill
+# The body is written anew and unpacked, and its answer is to come unpacked too.
+NOT_OF_REQUEST: Final = frozenset(("host", "content-length", "content-encoding", "accept-encoding", "expect"))
+ERROR_TYPES: Final = {400: "invalid_request_error", 404: "not_found_error", 408: "timeout_error",
+                      413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+
+
+def parse_body(data: bytes) -> dict[str, Any]:
+    """Raises:
+    ValueError: it is not a JSON object; the message says why.
+    """
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"the body is not JSON: {e}") from e
+    if not isinstance(body, dict):
+        raise ValueError("the body is not a JSON object")
+    return body
+
+
+def prompt_chars(body: Mapping[str, Any]) -> int | None:
+    """Estimated length of the prompt in characters; None where there are several prompts.
+
+    Several prompts would need a prefill each: the answer to a batch has `kv_transfer_params` of one only.
+    """
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        if len(prompt) > 1:
+            return None
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, list):
+        return CHARS_PER_TOKEN * len(prompt)
+    messages = body.get("messages")
+    return sum(map(_message_chars, messages)) if isinstance(messages, list) else 0
+
+
+def prefill_copy(path: str, body: Mapping[str, Any]) -> bytes:
+    """The request that only computes the prompt: one token, in one piece."""
+    copy = {key: value for key, value in body.items() if key not in NOT_FOR_PREFILL}
+    copy |= {"max_tokens": 1, "stream": False, "n": 1, "kv_transfer_params": ASK_FOR_HAND_OVER}
+    if path == CHAT_PATH:
+        copy["max_completion_tokens"] = 1
+    return json.dumps(copy).encode()
+
+
+def request_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """What a server gets of a client's headers, and an id where the client gave none."""
+    kept = _end_to_end(headers, NOT_OF_REQUEST)
+    kept.setdefault(REQUEST_ID, uuid.uuid4().hex)
+    kept["Accept-Encoding"] = "identity"
+    return kept
+
+
+def answer_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """What a client gets of a server's headers."""
+    return _end_to_end(headers, frozenset())
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": ERROR_TYPES.get(status, "server_error"), "code": status}}
+
+
+def error_answer(status: int, message: str) -> web.Response:
+    return web.json_response(error_body(status, message), status=status)
+
+
+def error_event(status: int, message: str) -> bytes:
+    """An error within a stream; ends first what may have been cut off."""
+    return b"\n\ndata: " + json.dumps(error_body(status, message)).encode() + b"\n\n"
+
+
+def _end_to_end(headers: Mapping[str, str], without: frozenset[str]) -> CIMultiDict[str]:
+    named = CIMultiDict(headers).getall("Connection", [])
+    gone = HOP_BY_HOP | without | {name.strip().lower() for value in named for name in value.split(",")}
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in gone)
+
+
+def _message_chars(message: object) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return sum(len(text) for text in texts if isinstance(text, str))
