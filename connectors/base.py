@@ -16,6 +16,7 @@ from typing import Any
 
 from kvstore.arena import HostArena
 from kvstore.errors import KVStoreError
+from kvstore.events import TierEvent
 from kvstore.keys import BlockKey
 
 Keys = Sequence[Sequence[BlockKey]]
@@ -86,6 +87,14 @@ class SchedulerHalf(ABC):
     def stats(self) -> dict[str, dict[str, Any]]:
         """Fields of `kvstore.tiers.base.TierStats`, by tier."""
 
+    def take_events(self) -> list[TierEvent]:
+        """What came into tiers and left them since the last call; may be called by another thread."""
+        return []
+
+    def sources(self, request_id: str, num_blocks: int) -> dict[str, int]:
+        """Which tiers the blocks that a request loads have come from: name -> blocks."""
+        return {"host": num_blocks}
+
     @abstractmethod
     def close(self) -> None:
         """Release everything."""
@@ -101,6 +110,10 @@ class WorkerHalf(ABC):
     @abstractmethod
     def store(self, step: Any) -> None:
         """After the engine has computed, before its blocks can be reused."""
+
+    def take_failed_blocks(self) -> list[tuple[int, int]]:
+        """(group, block) of loads that raised since the last call: the engine must not compute on those."""
+        return []
 
     @abstractmethod
     def take_reports(self) -> dict[int, int]:

@@ -15,6 +15,7 @@ the same tokens. Of a group with a sliding window only the last blocks of a pref
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +31,13 @@ from connectors.pages import PageCopier
 from connectors.prefix_lookups import PrefixLookups
 from kvstore.arena import HostArena
 from kvstore.config import StoreConfig
+from kvstore.events import TierEvent
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.manager import LoadLease
 from kvstore.planes import Planes
 from kvstore.tiers.base import TierStats
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -192,6 +196,16 @@ class OffloadingScheduler(SchedulerHalf):
         lower = [] if self._planes.io is None else self._planes.io.stats()
         return {stats.name: asdict(stats) for stats in (host, *lower)}
 
+    def take_events(self) -> list[TierEvent]:
+        return self._planes.take_events()
+
+    def sources(self, request_id: str, num_blocks: int) -> dict[str, int]:
+        sources, left = {}, num_blocks
+        for tier, n in self._lookups.came(request_id).items():
+            sources[tier] = min(n, left)
+            left -= sources[tier]
+        return {tier: n for tier, n in {**sources, "host": left}.items() if n}
+
     def close(self) -> None:
         """Finish write-behind, and release everything."""
         self._lookups.close()
@@ -292,11 +306,16 @@ class OffloadingWorker(WorkerHalf):
         self._stripe_nbytes = max(pages.chunk_nbytes for pages in self._pages)
         self._arena: HostArena | None = None
         self._copied: deque[tuple[list[int], Any]] = deque()
+        self._failed: list[tuple[int, int]] = []
 
     def load(self, step: Step) -> None:
         """Before the engine computes: host slots -> cache."""
         for job in step.loads:
-            self._pages[job.group].load(self._rows(step.arena), job)
+            try:
+                self._pages[job.group].load(self._rows(step.arena), job)
+            except Exception:  # what was to be loaded is computed instead
+                logger.exception("%d blocks could not be loaded from host memory", len(job.blocks))
+                self._failed += [(job.group, block) for block in job.blocks]
         self._note(step.loads)
 
     def store(self, step: Step) -> None:
@@ -307,6 +326,10 @@ class OffloadingWorker(WorkerHalf):
                 rows[np.unique(job.slots), pages.chunk_nbytes :] = 0
             pages.store(rows, job)
         self._note(step.stores)
+
+    def take_failed_blocks(self) -> list[tuple[int, int]]:
+        failed, self._failed = self._failed, []
+        return failed
 
     def take_reports(self) -> dict[int, int]:
         """Jobs whose bytes have arrived since the last call, for `OffloadingScheduler.reported`; waits for none."""

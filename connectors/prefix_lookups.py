@@ -31,6 +31,7 @@ class _Lookup:
 
     def __init__(self, keys: Sequence[BlockKey], deadline: float) -> None:
         self.keys, self.deadline, self.ended_at = list(keys), deadline, 0.0
+        self.came: dict[str, int] = {}  # blocks by tier
         self.ended = threading.Event()
 
     def covers(self, keys: Sequence[BlockKey]) -> bool:
@@ -102,6 +103,11 @@ class PrefixLookups:
         if asked is not None and timeout_s > 0:
             (self._stopping if asked.ended.is_set() else asked.ended).wait(timeout_s)
 
+    def came(self, request_id: str) -> dict[str, int]:
+        """Blocks that came up for a request, by tier; of the group of which most did."""
+        lookups = self._of_request.get(request_id, {}).values()
+        return max((dict(lookup.came) for lookup in lookups), key=lambda came: sum(came.values()), default={})
+
     def forget(self, request_id: str) -> None:
         """The request is over; who else waits for its lookup still does."""
         self._of_request.pop(request_id, None)
@@ -124,7 +130,10 @@ class PrefixLookups:
             while done < len(lookup.keys) and not self._stopping.is_set() and (io := planes.below()) is not None:
                 promotion = Promotion(planes.manager, io, planes.arena.rows, planes.fmt)
                 keys = lookup.keys[done:]
-                came = promotion.run(keys, None, lookup.deadline) or planes.manager.prefix_hit(keys)
+                found = io.find_prefix(keys)
+                came = promotion.load(found, keys, None, lookup.deadline)
+                lookup.came[found.tier] = lookup.came.get(found.tier, 0) + came
+                came = came or planes.manager.prefix_hit(keys)
                 done += came
                 if not came or time.monotonic() >= lookup.deadline:
                     break

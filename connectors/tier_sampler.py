@@ -1,16 +1,17 @@
-"""What has changed in a store's tiers since one last looked: for engines that export counters.
+"""What has changed in a store's tiers since one last looked: counters, and what came and went.
 
-Lower tiers may be slow to answer, so a thread asks them now and then; taking what it has
-found waits for nothing.
+For engines that export them. Lower tiers may be slow to answer, so a thread asks them now and
+then; taking what it has found waits for nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+from kvstore.events import EventLog, TierEvent
 from kvstore.tiers.base import TierStats
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,19 @@ Misses by reason are counters ``miss_chunks.REASON``."""
 class TierSampler:
     """Args:
     read: all tiers' stats as dicts of `TierStats`; called by a thread of this object.
+    take_events: of all tiers; called likewise.
+    max_event_blocks: see `EventLog`.
     """
 
-    def __init__(self, read: Callable[[], Mapping[str, Mapping[str, Any]]], interval_s: float = 1.0) -> None:
-        self._read, self._interval_s = read, interval_s
+    def __init__(
+        self,
+        read: Callable[[], Mapping[str, Mapping[str, Any]]],
+        take_events: Callable[[], Iterable[TierEvent]],
+        max_event_blocks: int,
+        interval_s: float = 0.5,
+    ) -> None:
+        self._read, self._take_events, self._interval_s = read, take_events, interval_s
+        self._events = EventLog(max_event_blocks)
         self._seen: dict[str, dict[str, float]] = {}
         self._latest: dict[str, dict[str, float]] | None = None
         self._stop = threading.Event()
@@ -49,6 +59,10 @@ class TierSampler:
         self._seen = latest
         return changed
 
+    def take_events(self) -> list[TierEvent]:
+        """What came into tiers and left them since the last call."""
+        return self._events.take()
+
     def close(self) -> None:
         self._stop.set()
         self._thread.join(_JOIN_S)
@@ -57,6 +71,8 @@ class TierSampler:
         while not self._stop.wait(self._interval_s):
             try:
                 self._latest = {tier: _values(TierStats(**stats)) for tier, stats in self._read().items()}
+                for event in self._take_events():
+                    self._events.add(event)
             except Exception:  # figures are not worth a server
                 logger.exception("the tiers' counters could not be read")
 

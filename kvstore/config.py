@@ -22,6 +22,7 @@ from kvstore.identity import KVIdentity
 ENV_PREFIX: Final = "KVSTORE_"
 MIN_CAPACITY_NBYTES: Final = 4096
 MAX_THREADS: Final = 256
+MAX_EVENT_LOG_BLOCKS: Final = 1 << 20
 OnMismatch = Literal["refuse", "clear"]
 Fsync = Literal["never", "flush", "always"]
 Io = Literal["thread", "process"]
@@ -134,6 +135,8 @@ class StoreConfig:
         integrity_key_file: file with a secret of at least 16 bytes; slots are then signed
             with a keyed digest, and who can write the path but lacks the key can cause
             misses only. Keep it outside of the tiers' paths.
+        event_log_blocks: blocks' worth of events (`kvstore.events`) that wait to be taken, by
+            process; 0: none are kept.
     """
 
     identity: KVIdentity
@@ -147,6 +150,7 @@ class StoreConfig:
     load_timeout_s: float = 30.0
     stall_s: float = 10.0
     integrity_key_file: str | None = None
+    event_log_blocks: int = 0
 
     def __post_init__(self) -> None:
         _instance("identity", self.identity, KVIdentity)
@@ -165,6 +169,7 @@ class StoreConfig:
         _seconds("put_timeout_s", self.put_timeout_s, or_zero=True)
         _seconds("load_timeout_s", self.load_timeout_s)
         _seconds("stall_s", self.stall_s)
+        _at_least("event_log_blocks", self.event_log_blocks, 0, MAX_EVENT_LOG_BLOCKS)
         if self.integrity_key_file is not None:
             _text("integrity_key_file", self.integrity_key_file)
         if self.disk and self.shared and os.path.realpath(self.disk.path) == os.path.realpath(self.shared.path):

@@ -17,6 +17,7 @@ import numpy as np
 from kvstore.arena import HostArena
 from kvstore.config import StoreConfig
 from kvstore.errors import KVStoreError
+from kvstore.events import TierEvent
 from kvstore.io_connection import START_TIMEOUT_S, Connection
 from kvstore.io_messages import (
     Find,
@@ -61,7 +62,7 @@ class ProcessIo(IoService):
             return NOWHERE
         n = len(found.num_keys)
         chunks = FoundChunks(np.arange(n), np.array(found.num_keys, dtype=np.int64), np.zeros(n, dtype=np.uint64))
-        return Located((connection, found.id), chunks)
+        return Located((connection, found.id), chunks, found.tier)
 
     def read(self, located: Located, host_slots: Slots, deadline: float) -> ReadJob:
         connection = self._running()
@@ -94,6 +95,10 @@ class ProcessIo(IoService):
             return [TierStats(**fields) for fields in answer]
         names = [n for n in ("disk", "shared") if getattr(self._config, n) is not None]
         return [TierStats(name=name, state="off") for name in names]
+
+    def take_events(self) -> list[TierEvent]:
+        answer = self._call("take_events") if self._config.event_log_blocks else None
+        return [TierEvent(*fields) for fields in answer] if isinstance(answer, list) else []
 
     def close(self) -> None:
         with self._lock:

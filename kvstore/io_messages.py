@@ -43,6 +43,7 @@ class Find(Message, frozen=True):
 
 class Found(Message, frozen=True):
     num_keys: list[int]  # of each chunk
+    tier: str
 
 
 class Read(Message, frozen=True):
@@ -75,7 +76,7 @@ class StoreDone(Message, frozen=True):
 
 
 class Call(Message, frozen=True):
-    """flush, purge, set_namespace, stats or close."""
+    """flush, purge, set_namespace, stats, take_events or close."""
 
     verb: str
     payload: bytes = b""

@@ -122,7 +122,7 @@ class IoProcess:
         located = self._io.find_prefix(keys)[:_FOUND_CHUNKS]
         if len(located):
             self._found[message.id] = located
-        self._channel.send(Found(message.id, located.chunks.num_keys.tolist()))
+        self._channel.send(Found(message.id, located.chunks.num_keys.tolist(), located.tier))
 
     def _store(self, message: Store) -> None:
         slots = np.asarray(message.host_slots, dtype=np.int64)
@@ -186,6 +186,8 @@ class IoProcess:
                 return self._io.purge(array_to_keys(np.frombuffer(call.payload, dtype=np.uint8)))
             case "stats":
                 return [asdict(stats) for stats in self._io.stats()]
+            case "take_events":
+                return [(event.kind, event.tier, event.packed_keys) for event in self._io.take_events()]
             case _:
                 raise KVStoreError(f"unknown call {call.verb!r}")
 

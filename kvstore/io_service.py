@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from kvstore.arena import HostArena
 from kvstore.config import StoreConfig
+from kvstore.events import EventLog, TierEvent, TierEvents
 from kvstore.jobs import ReadJob
 from kvstore.keys import BlockKey
 from kvstore.slot import KeyArray, SlotCodec, Slots
@@ -30,19 +31,20 @@ CLOSE_TIMEOUT_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Chunks of one tier, and what the service knows that tier by."""
+    """Chunks of one tier, what the service knows that tier by, and the tier's name."""
 
     source: Any
     chunks: FoundChunks
+    tier: str
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, part: slice) -> Located:
-        return Located(self.source, self.chunks[part])
+        return Located(self.source, self.chunks[part], self.tier)
 
 
-NOWHERE: Final = Located(None, NO_CHUNKS)
+NOWHERE: Final = Located(None, NO_CHUNKS, "")
 
 
 class IoService(ABC):
@@ -74,6 +76,10 @@ class IoService(ABC):
     def stats(self) -> list[TierStats]: ...
 
     @abstractmethod
+    def take_events(self) -> list[TierEvent]:
+        """What has come and gone in all tiers since the last call, where the configuration asks for it."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
 
@@ -85,12 +91,19 @@ class ThreadIo(IoService):
         rows = arena.rows
         self._fmt = codec.fmt
         self._tiers: list[LowerTier] = []
+        self._log = EventLog(config.event_log_blocks)
+        disk_events, shared_events = (
+            TierEvents(self._log, tier) if config.event_log_blocks else None
+            for tier in (DiskTier.name, SharedTier.name)
+        )
         try:
             if config.disk is not None:
-                self._tiers.append(DiskTier(config.disk, config.identity, rows, codec, namespace))
+                self._tiers.append(DiskTier(config.disk, config.identity, rows, codec, namespace, disk_events))
             if config.shared is not None:
-                shared = SharedTier(config.shared, config.identity, config.blocks_per_chunk, rows, codec, namespace)
-                self._tiers.append(shared)
+                per_chunk = config.blocks_per_chunk
+                self._tiers.append(
+                    SharedTier(config.shared, config.identity, per_chunk, rows, codec, namespace, shared_events)
+                )
         except BaseException:
             for tier in self._tiers:
                 tier.close()
@@ -101,7 +114,7 @@ class ThreadIo(IoService):
         for tier in self._tiers:
             found = tier.find_prefix(keys)
             if len(found):
-                return Located(tier, found)
+                return Located(tier, found, tier.name)
         return NOWHERE
 
     def read(self, located: Located, host_slots: Slots, deadline: float) -> ReadJob:
@@ -131,6 +144,9 @@ class ThreadIo(IoService):
             if is_stalled and stats.state == "on":
                 stats.state = "read-only"
         return all_stats
+
+    def take_events(self) -> list[TierEvent]:
+        return self._log.take()
 
     def close(self) -> None:
         if not self._write_behind.close(time.monotonic() + CLOSE_TIMEOUT_S):

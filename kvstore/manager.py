@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.events import TierEvents
 from kvstore.keys import BlockKey
 from kvstore.slot import KeyArray, Slots
 from kvstore.slot_table import SlotTable
@@ -43,11 +44,13 @@ class TierManager:
     num_slots: chunks that host memory has room for.
     """
 
-    def __init__(self, num_slots: int, blocks_per_chunk: int, eviction_policy: str) -> None:
+    def __init__(
+        self, num_slots: int, blocks_per_chunk: int, eviction_policy: str, events: TierEvents | None = None
+    ) -> None:
         self.num_slots, self.blocks_per_chunk = num_slots, blocks_per_chunk
         self.epoch = 0
         self.num_published = 0  # calls; while it stays the same, what was absent still is
-        self._table = SlotTable(num_slots, blocks_per_chunk, eviction_policy)
+        self._table = SlotTable(num_slots, blocks_per_chunk, eviction_policy, events=events)
         self._room = threading.Condition()
 
     def prefix_hit(self, keys: Sequence[BlockKey]) -> int:

@@ -13,6 +13,7 @@ from typing import Final
 
 from kvstore.arena import HostArena, Sharing
 from kvstore.config import StoreConfig
+from kvstore.events import EventLog, TierEvent, TierEvents
 from kvstore.identity import INITIAL_EPOCH
 from kvstore.io_client import ProcessIo
 from kvstore.io_service import IoService, ThreadIo
@@ -46,7 +47,9 @@ class Planes:
         make_policy(config.host.eviction_policy, 1)  # a wrong name stops the start before memory is taken
         sharing: Sharing = "memfd" if config.io == "process" or shared_arena else "private"
         self.arena = HostArena(num_slots, self.fmt.slot_nbytes, sharing=sharing)
-        self.manager = TierManager(num_slots, config.blocks_per_chunk, config.host.eviction_policy)
+        self._log = EventLog(config.event_log_blocks)
+        events = TierEvents(self._log, "host") if config.event_log_blocks else None
+        self.manager = TierManager(num_slots, config.blocks_per_chunk, config.host.eviction_policy, events)
         self._namespace = self._identity.namespace(INITIAL_EPOCH)
         self._lower_epoch = self.manager.epoch  # the epoch that the lower tiers look up in
         self._lock = threading.Lock()
@@ -107,6 +110,11 @@ class Planes:
         """Delete chunks that hold one of these keys; returns how many were deleted."""
         deleted = self.manager.drop(keys)
         return max(deleted, self.io.purge(keys)) if self.io is not None else deleted
+
+    def take_events(self) -> list[TierEvent]:
+        """What has come into host memory and the lower tiers, and gone, since the last call."""
+        lower = [] if self.io is None else self.io.take_events()
+        return [*self._log.take(), *lower]
 
     def close(self) -> None:
         """Finish write-behind, then release everything."""

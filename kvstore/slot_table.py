@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.allocator import RunAllocator
+from kvstore.events import TierEvents
 from kvstore.index import BlockIndex
 from kvstore.keys import BlockKey
 from kvstore.policy import make_policy
@@ -26,10 +27,18 @@ class SlotTable:
     """Args:
     num_slots: slots it may ever hold.
     free_slots: slots that exist now; `grow` adds more.
+    events: told of every key that can be found, or no more.
     """
 
-    def __init__(self, num_slots: int, blocks_per_chunk: int, policy: str, free_slots: int | None = None) -> None:
-        self.blocks_per_chunk = blocks_per_chunk
+    def __init__(
+        self,
+        num_slots: int,
+        blocks_per_chunk: int,
+        policy: str,
+        free_slots: int | None = None,
+        events: TierEvents | None = None,
+    ) -> None:
+        self.blocks_per_chunk, self._events = blocks_per_chunk, events
         self.index = BlockIndex(num_slots, blocks_per_chunk)
         self.policy = make_policy(policy, num_slots)
         self.allocator = RunAllocator(num_slots if free_slots is None else free_slots)
@@ -81,7 +90,7 @@ class SlotTable:
     def evict(self, n: int) -> Slots:
         """Take up to n unpinned ready slots away from their keys; the caller releases them."""
         slots = self.policy.evict(n, self._pinned)
-        self.index.remove(slots)
+        self.unlist(slots)
         self._ready[slots] = False
         self.evicted_slots += len(slots)
         return slots
@@ -95,10 +104,14 @@ class SlotTable:
             findable: shape (n,); where False, the slot is only kept track of and evicted.
             are_new: no key is in yet, which the caller knows; spares looking.
         """
+        listed = keys
         if findable is None or findable.all():
             self.index.insert(slots, keys, are_new=are_new)
         else:
-            self.index.insert(slots[findable], keys[findable])
+            listed = keys[findable]
+            self.index.insert(slots[findable], listed)
+        if self._events is not None:
+            self._events.stored(listed)
         self._ready[slots] = True
         self.policy.insert(slots, _tags(keys))
 
@@ -109,7 +122,7 @@ class SlotTable:
             The slots that the caller releases now. The others are pinned, and in limbo.
         """
         slots = slots[self._ready[slots]]
-        self.index.remove(slots)
+        self.unlist(slots)
         self.policy.remove(slots)
         self._ready[slots] = False
         pinned = self._pinned[slots]
@@ -118,7 +131,7 @@ class SlotTable:
 
     def hide(self) -> None:
         """Take every key out of the index; the slots stay, to be evicted."""
-        self.index.remove(self.index.slots())
+        self.unlist(self.index.slots())
 
     def release(self, slots: Slots) -> None:
         """Make taken slots free."""
@@ -139,6 +152,12 @@ class SlotTable:
         freed = np.unique(freed)
         self._limbo[freed] = False
         return freed
+
+    def unlist(self, slots: Slots) -> None:
+        """Let slots be found no more; they stay what they are."""
+        if self._events is not None:
+            self._events.removed(self.index.keys_of(slots[self.index.holds(slots)]))
+        self.index.remove(slots)
 
 
 def _tags(keys: KeyArray) -> NDArray[np.uint64]:

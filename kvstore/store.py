@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from kvstore.config import StoreConfig
 from kvstore.copier import Copier
 from kvstore.errors import ConfigError, StoreClosedError
+from kvstore.events import TierEvent
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.planes import Planes
 from kvstore.promotion import Promotion
@@ -202,6 +203,14 @@ class TieredStore:
         upper = [] if self._device is None else [self._device.stats()]
         lower = [] if self._planes.io is None else self._planes.io.stats()
         return StoreStats({stats.name: replace(stats) for stats in (*upper, host, *lower)})
+
+    def take_events(self) -> list[TierEvent]:
+        """What has come into host memory and the lower tiers, and gone, since the last call.
+
+        Empty unless ``event_log_blocks`` is set. Of a shared path it tells what this store wrote.
+        """
+        self._check_open()
+        return self._planes.take_events()
 
     def close(self) -> None:
         """Finish write-behind, then release everything. Later calls raise StoreClosedError."""

@@ -18,12 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kvstore", "connectors", "tools")
 LAYERS = {
-    "what things are": "errors layout byte_layout identity keys config config_source",
+    "what things are": "errors layout byte_layout identity keys events config config_source",
     "bytes": "slot direct_io arena jobs copier",
     "who holds what": "allocator index policy slot_table lookup_buffer",
     "tiers": "tiers",
     "decisions": "manager promotion write_behind io_messages io_service io_connection io_client io_process planes store"
-    " events metrics",
+    " metrics",
     "for others": "export testing",
 }
 # The control plane knows keys and slots and never touches payload.

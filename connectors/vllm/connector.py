@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -27,15 +29,18 @@ from connectors.base import Step, Stripe
 from connectors.offloading import OffloadingScheduler, OffloadingWorker
 from connectors.shared_storage import SharedStorageScheduler
 from connectors.tier_sampler import TierSampler
+from connectors.vllm.events import EVENT_LOG_BLOCKS, kv_events
 from connectors.vllm.groups import CacheGroups, UnsupportedEngineError
 from connectors.vllm.identity import identity_of
 from connectors.vllm.metrics import TierPromMetrics, TierStatsSample
 from connectors.vllm.settings import Settings
 from connectors.weights_digest import folder_digest
+from kvstore.errors import ConfigError
 from kvstore.keys import BlockKey
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorPromMetrics,
         KVConnectorStats,
@@ -54,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 _GIB: Final = 1 << 30
 _IDLE_WAIT_S: Final = 0.002
+_HIT_SOURCES: Final = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "shared": CacheHitSource.DISK}
 _NULL_BLOCK: Final = 0  # vLLM's placeholder for a block that a sliding window has left
 
 
@@ -83,7 +89,6 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
     whether it stores (``kv_producer``), loads (``kv_consumer``) or both.
     """
 
-    _cache_hit_source = CacheHitSource.HOST
     _required: ClassVar[tuple[str, ...]] = ()
     _default_host_nbytes: ClassVar[int] = 4 * _GIB
 
@@ -93,7 +98,12 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
         settings = Settings.of(extra, self._required)
         self._groups = CacheGroups.of(vllm_config, kv_cache_config)
         identity = identity_of(vllm_config, kv_cache_config, self._groups, settings.model_revision)
-        self._store_config = settings.store_config(identity, default_host_nbytes=self._default_host_nbytes)
+        events = vllm_config.kv_events_config
+        self._store_config = settings.store_config(
+            identity,
+            default_host_nbytes=self._default_host_nbytes,
+            event_log_blocks=EVENT_LOG_BLOCKS if events is not None and events.enable_kv_cache_events else 0,
+        )
         self._block_size = identity.layout.block_size
         self._worker: OffloadingWorker | None = None
         self._scheduler: OffloadingScheduler | None = None
@@ -102,7 +112,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
             half = OffloadingScheduler if self._store_config.shared is None else SharedStorageScheduler
             num_workers = vllm_config.parallel_config.tensor_parallel_size
             self._scheduler = half(self._store_config, num_workers, self._groups.windows)
-            self._sampler = TierSampler(self._scheduler.stats)
+            self._sampler = TierSampler(self._scheduler.stats, self._scheduler.take_events, EVENT_LOG_BLOCKS)
         self._requests: dict[str, _Request] = {}
 
     @property
@@ -139,6 +149,14 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         if self._worker is not None:
             self._worker.store(self._step())
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        failed = self._worker.take_failed_blocks() if self._worker is not None else []
+        if (
+            failed and len(self._groups.windows) > 1
+        ):  # there vLLM cannot be told which: better no answer than a wrong one
+            raise RuntimeError("KV could not be loaded from host memory")
+        return {block for _, block in failed}
 
     def build_connector_worker_meta(self) -> Reports | None:
         reports = self._worker.take_reports() if self._worker is not None else {}
@@ -217,6 +235,16 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.reset()
         return True
 
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        events = self._sampler.take_events() if self._sampler is not None else []
+        return list(kv_events(events, self._block_size))
+
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        sources: Counter[CacheHitSource] = Counter()
+        for tier, n in self.scheduler.sources(request.request_id, num_external_tokens // self._block_size).items():
+            sources[_HIT_SOURCES[tier]] += n * self._block_size
+        return dict(sources)
+
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         sample = self._sampler.take() if self._sampler is not None else None
         return TierStatsSample(data=sample) if sample else None
@@ -287,12 +315,13 @@ class _Request:
     def __init__(self, request: Request, block_size: int, num_groups: int) -> None:
         self.request, self.first, self.stored = request, 0, 0
         self._block_size = block_size
-        lora = request.lora_request
-        self._adapter = bytes.fromhex(folder_digest(Path(lora.lora_path))) if lora is not None else b""
+        self._adapter = _adapter_digest(request)
         self._keys: list[list[BlockKey]] = [[] for _ in range(num_groups)]
 
     def num_keys(self) -> int:
-        """Full blocks whose tokens are known."""
+        """Full blocks whose tokens are known; none where an adapter has no digest."""
+        if self._adapter is None:
+            return 0
         for block_hash in self.request.block_hashes[len(self._keys[0]) :]:
             digest = hashlib.sha256(block_hash + self._adapter).digest() if self._adapter else block_hash
             for group, keys in enumerate(self._keys):
@@ -307,6 +336,18 @@ class _Request:
     def loadable_keys(self, first: int) -> list[list[BlockKey]]:
         """From a block on; at least one token is left to compute."""
         return self.keys(first, (self.request.num_tokens - 1) // self._block_size)
+
+
+def _adapter_digest(request: Request) -> bytes | None:
+    """Of the content of a LoRA adapter; empty without one, None where it cannot be had."""
+    lora = request.lora_request
+    if lora is None:
+        return b""
+    try:
+        return bytes.fromhex(folder_digest(Path(lora.lora_path)))
+    except (ConfigError, OSError) as e:
+        logger.warning("KV of adapter %s is neither stored nor loaded: %s", lora.lora_name, e)
+        return None
 
 
 def _held(ids: list[int]) -> list[int | None]:

@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from kvstore.config import DiskTierConfig, HostTierConfig, SharedTierConfig, StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.identity import KVIdentity
 from kvstore.slot import SlotFormat
+
+_NAMES: Final = {  # of a store's settings, as they are called here
+    "host.num_blocks": "num_cpu_blocks",
+    "host.eviction_policy": "eviction_policy",
+    "disk.path": "disk_path",
+    "disk.capacity_nbytes": "disk_capacity_bytes",
+    "disk.on_mismatch": "disk_on_mismatch",
+    "disk.eviction_policy": "eviction_policy",
+    "shared.path": "shared_storage_path",
+    "shared.capacity_nbytes": "shared_capacity_bytes",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +65,7 @@ class Settings:
                 raise ConfigError(f"kv_connector_extra_config: give both {path} and {size}, or neither")
         return settings
 
-    def store_config(self, identity: KVIdentity, *, default_host_nbytes: int) -> StoreConfig:
+    def store_config(self, identity: KVIdentity, *, default_host_nbytes: int, event_log_blocks: int) -> StoreConfig:
         """What this comes to for the blocks of one engine."""
         per_chunk = self._blocks_per_chunk(identity.layout.block_size)
         slot_nbytes = SlotFormat.of(identity, per_chunk).slot_nbytes
@@ -69,6 +80,15 @@ class Settings:
                 )
         elif self.cpu_bytes_to_use is not None:
             raise ConfigError("kv_connector_extra_config: give num_cpu_blocks or cpu_bytes_to_use, not both")
+        try:
+            return self._config(identity, num_chunks * per_chunk, per_chunk, event_log_blocks)
+        except ConfigError as e:  # in the words of who set it
+            key, colon, rest = str(e).partition(":")
+            raise ConfigError(f"kv_connector_extra_config.{_NAMES.get(key, key)}{colon}{rest}") from e
+
+    def _config(
+        self, identity: KVIdentity, num_host_blocks: int, blocks_per_chunk: int, event_log_blocks: int
+    ) -> StoreConfig:
         disk = shared = None
         if self.disk_path is not None:
             disk = DiskTierConfig(
@@ -80,14 +100,15 @@ class Settings:
             shared = SharedTierConfig(path=self.shared_storage_path, capacity_nbytes=self.shared_capacity_bytes)
         return StoreConfig(
             identity=identity,
-            host=HostTierConfig(num_blocks=num_chunks * per_chunk, eviction_policy=self.eviction_policy),
+            host=HostTierConfig(num_blocks=num_host_blocks, eviction_policy=self.eviction_policy),
             disk=disk,
             shared=shared,
-            blocks_per_chunk=per_chunk,
+            blocks_per_chunk=blocks_per_chunk,
             io="process",
             put_timeout_s=0.0,
             load_timeout_s=self.load_timeout_s,
             integrity_key_file=self.integrity_key_file,
+            event_log_blocks=event_log_blocks,
         )
 
     def _blocks_per_chunk(self, engine_block_size: int) -> int:

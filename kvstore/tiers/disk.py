@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvstore.config import DiskTierConfig
 from kvstore.errors import ConfigError, StoreClosedError
+from kvstore.events import TierEvents
 from kvstore.identity import KVIdentity
 from kvstore.jobs import IoPool, NothingRead, ReadJob
 from kvstore.keys import BlockKey
@@ -66,7 +67,13 @@ class DiskTier(LowerTier):
     name = "disk"
 
     def __init__(
-        self, config: DiskTierConfig, identity: KVIdentity, rows: Rows, codec: SlotCodec, namespace: bytes
+        self,
+        config: DiskTierConfig,
+        identity: KVIdentity,
+        rows: Rows,
+        codec: SlotCodec,
+        namespace: bytes,
+        events: TierEvents | None = None,
     ) -> None:
         """Open the directory.
 
@@ -77,7 +84,7 @@ class DiskTier(LowerTier):
         self.config = config
         self._io = SlotIo(rows, config.num_threads)
         self._codec = codec
-        self._volume_config = VolumeConfig(config, identity, codec, num_disk_slots(config, codec.fmt))
+        self._volume_config = VolumeConfig(config, identity, codec, num_disk_slots(config, codec.fmt), events)
         self._stats = TierStats(name=self.name)
         self._stats_lock = threading.Lock()
         self._keeper = VolumeKeeper(self._volume_config, namespace)

@@ -69,7 +69,7 @@ class DiskView:
         """Let these keys be found no more; their chunks stay where they are."""
         with self._lock:
             for i in np.flatnonzero(self.table.index.contains(keys)).tolist():
-                self.table.index.remove(self.table.find_prefix([keys[i]]) // self.table.blocks_per_chunk)
+                self.table.unlist(self.table.find_prefix([keys[i]]) // self.table.blocks_per_chunk)
 
     def pin_current(self, slots: Slots, generations: NDArray[np.uint64]) -> Pins:
         """Pin those slots that still hold these generations, in the namespace in effect."""

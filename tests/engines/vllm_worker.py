@@ -21,6 +21,15 @@ def change_weights(worker: Any) -> None:
 
 
 class TestedEngine(Engine):
+    def load(
+        self, model: str, transfer: dict[str, Any] | None, events_endpoint: str = "", **settings: Any
+    ) -> dict[str, Any]:
+        from vllm.config import KVEventsConfig
+
+        if events_endpoint:
+            settings["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, endpoint=events_endpoint)
+        return super().load(model, transfer, **settings)
+
     def abort(self, prompts: list[list[int]], steps: int) -> dict[str, Any]:
         """Begin with these prompts, go some steps, and abort them all."""
         from vllm import SamplingParams
@@ -39,6 +48,39 @@ class TestedEngine(Engine):
     def change_weights(self) -> dict[str, Any]:
         self._llm.collective_rpc(change_weights)
         return {}
+
+    def follow_events(self, endpoint: str) -> dict[str, Any]:
+        """Subscribe to the KV events that the engine publishes there."""
+        import zmq
+
+        self._events = zmq.Context.instance().socket(zmq.SUB)
+        self._events.subscribe(b"")
+        self._events.connect(endpoint)
+        return {}
+
+    def events(self) -> list[list[Any]]:
+        """What was published since the last call: kind, medium, tier, number of blocks, KV cache group."""
+        import msgspec
+        import zmq
+        from vllm.distributed.kv_events import KVEventBatch
+
+        decoder, found = msgspec.msgpack.Decoder(KVEventBatch), []
+        while self._events.poll(100):
+            payload = self._events.recv_multipart(zmq.NOBLOCK)[-1]
+            found += decoder.decode(payload).events
+        return [
+            [type(event).__name__, event.medium, event.ownership, len(event.block_hashes), event.group_idx]
+            for event in found
+            if getattr(event, "ownership", None)
+        ]
+
+    def hit_sources(self) -> dict[str, float]:
+        """Prompt tokens from caches by source, as /metrics shows them."""
+        found: dict[str, float] = {}
+        for metric in self._llm.get_metrics():
+            if "source" in metric.labels and "cache" in metric.name:
+                found[metric.labels["source"]] = found.get(metric.labels["source"], 0) + metric.value
+        return found
 
     def metrics(self) -> dict[str, float]:
         """What /metrics shows of ours: "name{connector,tier}" -> value."""
