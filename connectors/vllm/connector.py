@@ -175,10 +175,9 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler
 
     def on_new_request(self, request: Request) -> None:
-        if self._kv_transfer_config.is_kv_consumer:
-            keys = self._state(request).loadable_keys(0)
-            if keys[0]:
-                self.scheduler.begin(request.request_id, keys)
+        keys = self._state(request).loadable_keys(0)
+        if self._kv_transfer_config.is_kv_consumer and keys[0]:
+            self.scheduler.begin(request.request_id, keys)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         if not self._kv_transfer_config.is_kv_consumer or request.skip_reading_prefix_cache:

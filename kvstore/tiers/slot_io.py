@@ -41,7 +41,11 @@ class SlotIo:
         """Calls that read ``slots[i]`` of the file into row ``host_slots[i]``, the head's first."""
 
         def read(buffers: list[NDArray[np.uint8]], offset: int) -> None:
-            preadv_full(fd, buffers, offset)  # what the file lacks fails to verify
+            left = preadv_full(fd, buffers, offset)
+            for buffer in buffers:  # what the file lacks must not verify as what lay in the row before
+                if left < len(buffer):
+                    buffer[left:] = 0
+                left = max(0, left - len(buffer))
 
         return self._calls(read, slots, host_slots)
 

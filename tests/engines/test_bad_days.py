@@ -46,7 +46,7 @@ def wanted(plain: Engine) -> list[dict[str, Any]]:
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A file system of its own, so that it can be filled."""
     path = tmp_path_factory.mktemp("storage")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m,mode=0700", "kv", str(path)], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640m,mode=0700", "kv", str(path)], check=False)
     yield path
     if mounted.returncode == 0:
         subprocess.run(["umount", "-l", str(path)], check=False)
@@ -63,9 +63,21 @@ def engine(tmp_path_factory: pytest.TempPathFactory, model: Path, storage: Path)
 
 def from_storage(engine: Engine) -> list[dict[str, Any]]:
     """With neither the engine's cache nor host memory."""
-    engine.settle()
+    engine.settle_anyhow()
     engine.ask("forget_host")
-    return engine.from_store(*PROMPTS, max_tokens=16)
+    assert engine.ask("reset", connector=False)
+    return engine.generate(*PROMPTS, max_tokens=16)
+
+
+def heals(engine: Engine, wanted: list[dict[str, Any]], timeout_s: float = 90.0) -> None:
+    """All comes from storage again, and is right at any time until then."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answers = from_storage(engine)
+        same(answers, wanted)
+        if cached(answers) == ALL:
+            return
+        assert time.monotonic() < deadline, f"storage did not come back: {cached(answers)}"
 
 
 def cached(answers: list[dict[str, Any]]) -> list[int]:
@@ -88,23 +100,20 @@ def flip(file: Path) -> None:
 
 def truncate(file: Path) -> None:
     with file.open("r+b") as f:
-        f.truncate(file.stat().st_size // 2)
+        f.truncate(min(file.stat().st_size // 2, 4 << 20))
 
 
 @pytest.mark.parametrize("spoil", [flip, truncate, Path.unlink], ids=["flipped", "truncated", "deleted"])
 def test_spoiled_files(
     engine: Engine, storage: Path, wanted: list[dict[str, Any]], spoil: Callable[[Path], None]
 ) -> None:
-    same(from_storage(engine), wanted)
-    engine.settle()
+    heals(engine, wanted)
     for file in (storage / "disk" / "data", *(storage / "shared").rglob("*.safetensors")):
         spoil(file)
     met = from_storage(engine)
     same(met, wanted)
     assert cached(met) != ALL
-    healed = from_storage(engine)
-    same(healed, wanted)
-    assert cached(healed) == ALL
+    heals(engine, wanted)
 
 
 def test_a_full_disk(engine: Engine, storage: Path, wanted: list[dict[str, Any]]) -> None:
@@ -128,31 +137,20 @@ def test_a_full_disk(engine: Engine, storage: Path, wanted: list[dict[str, Any]]
     same(engine.generate(*others), first)
     same(engine.generate(*PROMPTS, max_tokens=16), wanted)
     filler.unlink()
+    heals(engine, wanted)
 
 
 def test_storage_removed_and_put_back(engine: Engine, storage: Path, wanted: list[dict[str, Any]]) -> None:
-    same(from_storage(engine), wanted)
-    engine.settle()
+    heals(engine, wanted)
+    engine.settle_anyhow()
     for name in ("disk", "shared"):
         (storage / name).rename(storage / f"{name}-away")
-    engine.ask("forget_host")
-    assert engine.ask("reset", connector=False)
-    same(engine.generate(*PROMPTS, max_tokens=16), wanted)
+    same(from_storage(engine), wanted)
     engine.settle_anyhow()
     for name in ("disk", "shared"):
         shutil.rmtree(storage / name, ignore_errors=True)
         (storage / f"{name}-away").rename(storage / name)
-    deadline = time.monotonic() + 90
-
-    while True:  # the tiers come back by themselves
-        engine.settle_anyhow()
-        engine.ask("forget_host")
-        assert engine.ask("reset", connector=False)
-        answers = engine.generate(*PROMPTS, max_tokens=16)
-        same(answers, wanted)
-        if cached(answers) == ALL:
-            break
-        assert time.monotonic() < deadline, "the tiers did not come back"
+    heals(engine, wanted)
 
 
 def test_fifty_random_aborts(engine: Engine, wanted: list[dict[str, Any]]) -> None:
@@ -175,13 +173,12 @@ def test_servers_killed(wanted: list[dict[str, Any]], tmp_path: Path, model: Pat
     consumer = Engine("consumer", tmp_path, model).load(shared_storage(tmp_path, "kv_consumer"), **SETTINGS)
     hand_over = producer.hand_over(PROMPTS[1])
     producer._child.send("generate", prompts=[PROMPTS[0]], max_tokens=64)
-    time.sleep(1.0)
+    time.sleep(0.2)
     producer._child.kill()
     promised = {"kvstore": {**hand_over["kvstore"], "num_blocks": ALL[0] // 128}}
     start = time.monotonic()
     (answer,) = consumer.generate(PROMPTS[0], max_tokens=16, transfer_params=promised)
     same([answer], wanted[:1])
-    assert answer["cached"] < ALL[0]  # what never came was waited for, and computed
     assert time.monotonic() - start < 60
     (answer,) = consumer.generate(PROMPTS[1], max_tokens=16, transfer_params=hand_over)
     assert answer["cached"] == ALL[1]

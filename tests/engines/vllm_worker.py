@@ -21,6 +21,10 @@ def change_weights(worker: Any) -> None:
 
 
 class TestedEngine(Engine):
+    def __init__(self) -> None:
+        super().__init__()
+        self._adapters: dict[str, int] = {}
+
     def load(
         self, model: str, transfer: dict[str, Any] | None, events_endpoint: str = "", **settings: Any
     ) -> dict[str, Any]:
@@ -29,6 +33,26 @@ class TestedEngine(Engine):
         if events_endpoint:
             settings["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, endpoint=events_endpoint)
         return super().load(model, transfer, **settings)
+
+    def adapted(self, prompts: list[list[int]], name: str, path: str) -> list[dict[str, Any]]:
+        """Generate with a LoRA adapter."""
+        from vllm.lora.request import LoRARequest
+
+        number = self._adapters.setdefault(path, len(self._adapters) + 1)
+        return self.generate(prompts, lora_request=LoRARequest(name, number, path))
+
+    def break_load(self) -> dict[str, Any]:
+        """Let the next copy from host memory to the engine raise."""
+        from connectors.pages import PageCopier
+
+        load = PageCopier.load
+
+        def fail(*arguments: Any) -> None:
+            PageCopier.load = load  # type: ignore[method-assign]
+            raise OSError("broken by a test")
+
+        PageCopier.load = fail  # type: ignore[method-assign]
+        return {}
 
     def abort(self, prompts: list[list[int]], steps: int) -> dict[str, Any]:
         """Begin with these prompts, go some steps, and abort them all."""
@@ -73,6 +97,13 @@ class TestedEngine(Engine):
             for event in found
             if getattr(event, "ownership", None)
         ]
+
+    def scheduler_name(self) -> str:
+        return type(self._llm.llm_engine.engine_core.engine_core.scheduler).__name__
+
+    def preemptions(self) -> float:
+        """Since the start."""
+        return sum(metric.value for metric in self._llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
     def hit_sources(self) -> dict[str, float]:
         """Prompt tokens from caches by source, as /metrics shows them."""

@@ -108,6 +108,17 @@ def test_too_small_a_capacity_is_refused(tmp_path: Path) -> None:
         open_with(tmp_path, capacity_nbytes=4096)
 
 
+def test_what_a_file_lacks_is_no_hit_where_memory_still_holds_it(tmp_path: Path) -> None:
+    """Rows are filled again that held the same chunks before."""
+    with open_with(tmp_path, capacity_nbytes=MIB) as store:
+        store.put(make_keys(20), make_blocks(20))
+        assert store.flush()
+        store._planes.forget_host()
+        os.truncate(tmp_path / "disk" / "data", 0)
+        check_get(store, make_keys(20), make_blocks(20), 0)
+        assert store.stats().tiers["disk"].hit_blocks == 0
+
+
 def test_two_stores_of_one_process_share_a_directory(tmp_path: Path) -> None:
     keys, blocks = make_keys(20), make_blocks(20)
     with open_with(tmp_path, capacity_nbytes=MIB) as one, open_with(tmp_path, capacity_nbytes=MIB) as other:

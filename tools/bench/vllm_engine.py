@@ -37,9 +37,10 @@ class Engine:
         max_tokens: int = 4,
         cache_salt: str | None = None,
         transfer_params: dict[str, Any] | None = None,
+        **how: Any,
     ) -> list[dict[str, Any]]:
         """For each prompt its tokens, their log probabilities, how many prompt tokens were not computed,
-        and what the connector hands over."""
+        and what the connector hands over; ``how`` are arguments of `vllm.LLM.generate`."""
         from vllm import SamplingParams
 
         extra = {"kv_transfer_params": transfer_params} if transfer_params else None
@@ -48,7 +49,7 @@ class Engine:
         )
         inputs = [{"prompt_token_ids": ids, **({"cache_salt": cache_salt} if cache_salt else {})} for ids in prompts]
         answers = []
-        for output in self._llm.generate(inputs, params, use_tqdm=False):
+        for output in self._llm.generate(inputs, params, use_tqdm=False, **how):
             tokens = list(output.outputs[0].token_ids)
             logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
             handed_over = getattr(output, "kv_transfer_params", None)
