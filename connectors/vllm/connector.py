@@ -7,12 +7,10 @@ copied when the step has been computed, before its blocks can be reused.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
@@ -33,10 +31,8 @@ from connectors.vllm.events import EVENT_LOG_BLOCKS, kv_events
 from connectors.vllm.groups import CacheGroups, UnsupportedEngineError
 from connectors.vllm.identity import identity_of
 from connectors.vllm.metrics import TierPromMetrics, TierStatsSample
+from connectors.vllm.request_keys import RequestKeys
 from connectors.vllm.settings import Settings
-from connectors.weights_digest import folder_digest
-from kvstore.errors import ConfigError
-from kvstore.keys import BlockKey
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -175,7 +171,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler
 
     def on_new_request(self, request: Request) -> None:
-        keys = self._state(request).loadable_keys(0)
+        keys = self._state(request).keys.loadable(0)
         if self._kv_transfer_config.is_kv_consumer and keys[0]:
             self.scheduler.begin(request.request_id, keys)
 
@@ -184,7 +180,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
             return 0, False
         state = self._state(request)
         state.first = num_computed_tokens // self._block_size
-        keys = state.loadable_keys(state.first)
+        keys = state.keys.loadable(state.first)
         if not keys[0]:
             return 0, False
         found = self.scheduler.lookup(request.request_id, keys, expected=self._expected(request) - state.first)
@@ -278,21 +274,23 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
     def _state(self, request: Request) -> _Request:
         state = self._requests.get(request.request_id)
         if state is None:
-            groups = len(self._groups.windows)
-            state = self._requests[request.request_id] = _Request(request, self._block_size, groups)
+            keys = RequestKeys(request, self._block_size, len(self._groups.windows))
+            state = self._requests[request.request_id] = _Request(request, keys)
         return state
 
     def _store(self, request_id: str, num_computed_tokens: int) -> None:
         """Store the blocks that this step fills with tokens that are known: drafts may be rejected."""
         state, per_chunk = self._requests[request_id], self._store_config.blocks_per_chunk
         full = min(num_computed_tokens, state.request.num_tokens) // self._block_size
-        full = min(full, state.num_keys())
+        full = min(full, len(state.keys))
         full -= full % per_chunk
         if full <= state.stored:
             return
         assert self._kv_cache_manager is not None
         blocks = self._kv_cache_manager.get_block_ids(request_id)
-        self.scheduler.store(state.keys(state.stored, full), [_held(ids[state.stored : full]) for ids in blocks])
+        self.scheduler.store(
+            state.keys.of_blocks(state.stored, full), [_held(ids[state.stored : full]) for ids in blocks]
+        )
         state.stored = full
 
     def _expected(self, request: Request) -> int:
@@ -308,45 +306,14 @@ class KVStoreSharedStorageConnector(KVStoreOffloadingConnector):
     _default_host_nbytes = _GIB
 
 
+@dataclass
 class _Request:
-    """What the scheduler side knows of a request: its keys so far, and how far it was stored."""
+    """What the scheduler side knows of a request."""
 
-    def __init__(self, request: Request, block_size: int, num_groups: int) -> None:
-        self.request, self.first, self.stored = request, 0, 0
-        self._block_size = block_size
-        self._adapter = _adapter_digest(request)
-        self._keys: list[list[BlockKey]] = [[] for _ in range(num_groups)]
-
-    def num_keys(self) -> int:
-        """Full blocks whose tokens are known; none where an adapter has no digest."""
-        if self._adapter is None:
-            return 0
-        for block_hash in self.request.block_hashes[len(self._keys[0]) :]:
-            digest = hashlib.sha256(block_hash + self._adapter).digest() if self._adapter else block_hash
-            for group, keys in enumerate(self._keys):
-                keys.append(BlockKey.of(digest, group))
-        return len(self._keys[0])
-
-    def keys(self, first: int, end: int) -> list[list[BlockKey]]:
-        """Those of blocks ``first`` to ``end``, by KV cache group."""
-        self.num_keys()
-        return [keys[first:end] for keys in self._keys]
-
-    def loadable_keys(self, first: int) -> list[list[BlockKey]]:
-        """From a block on; at least one token is left to compute."""
-        return self.keys(first, (self.request.num_tokens - 1) // self._block_size)
-
-
-def _adapter_digest(request: Request) -> bytes | None:
-    """Of the content of a LoRA adapter; empty without one, None where it cannot be had."""
-    lora = request.lora_request
-    if lora is None:
-        return b""
-    try:
-        return bytes.fromhex(folder_digest(Path(lora.lora_path)))
-    except (ConfigError, OSError) as e:
-        logger.warning("KV of adapter %s is neither stored nor loaded: %s", lora.lora_name, e)
-        return None
+    request: Request
+    keys: RequestKeys
+    first: int = 0  # block that the engine's own cache does not have
+    stored: int = 0  # blocks
 
 
 def _held(ids: list[int]) -> list[int | None]:

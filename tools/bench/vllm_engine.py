@@ -64,6 +64,23 @@ class Engine:
         answers = self.generate(prompts, max_tokens)
         return {"seconds": time.perf_counter() - start, "cached": [answer["cached"] for answer in answers]}
 
+    def first_tokens(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """Seconds from a request's arrival to its first token, of requests that come at once; and tokens not computed."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True)
+        outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        seconds = [output.metrics.first_token_latency for output in outputs]
+        return {"seconds": seconds, "cached": [output.num_cached_tokens for output in outputs]}
+
+    def settle_own(self, seconds: float) -> dict[str, Any]:
+        """For a connector that is not ours: step for so long, that it may end what it stores."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._llm.llm_engine.step()
+            time.sleep(0.01)
+        return {}
+
     def reset(self, connector: bool) -> bool:
         """Empty the engine's own cache, and with ``connector`` what lies below it."""
         return bool(self._llm.reset_prefix_cache(reset_connector=connector))

@@ -1,0 +1,84 @@
+"""A request's block keys: the engine's own hashes, or for an adapter a chain over its content.
+
+vLLM's hash of a request with a LoRA adapter has the adapter's name and path in it. Other
+servers keep the same adapter elsewhere, so there the chain begins with a digest of its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from connectors.weights_digest import folder_digest
+from kvstore.errors import ConfigError
+from kvstore.keys import BlockKey
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+_ROOT: Final = b"kvstore adapter 1\0"
+_MAX_CONFIG_NBYTES: Final = 1 << 20
+
+
+class RequestKeys:
+    """Keys of a request's full blocks whose tokens are known, by KV cache group; grows with the request.
+
+    None at all where an adapter has no digest: what cannot be named is neither stored nor loaded.
+    """
+
+    def __init__(self, request: Request, block_size: int, num_groups: int) -> None:
+        self._request, self._block_size = request, block_size
+        self._keys: list[list[BlockKey]] = [[] for _ in range(num_groups)]
+        self._adapter = _adapter_digest(request)
+        self._has_more_than_tokens = bool(request.mm_features) or request.prompt_embeds is not None
+        salt = (request.cache_salt or "").encode()
+        self._parent = hashlib.sha256(_ROOT + (self._adapter or b"") + salt).digest()
+
+    def __len__(self) -> int:
+        """Blocks."""
+        if self._adapter is None:
+            return 0
+        for i in range(len(self._keys[0]), len(self._request.block_hashes)):
+            block_hash = self._hash(i)
+            for group, keys in enumerate(self._keys):
+                keys.append(BlockKey.of(block_hash, group))
+        return len(self._keys[0])
+
+    def of_blocks(self, first: int, end: int) -> list[list[BlockKey]]:
+        """Those of blocks ``first`` to ``end``, by KV cache group."""
+        return [keys[first : min(end, len(self))] for keys in self._keys]
+
+    def loadable(self, first: int) -> list[list[BlockKey]]:
+        """From a block on; at least one token is left to compute."""
+        return self.of_blocks(first, (self._request.num_tokens - 1) // self._block_size)
+
+    def _hash(self, i: int) -> bytes:
+        block_hash = bytes(self._request.block_hashes[i])
+        if not self._adapter:
+            return block_hash
+        if self._has_more_than_tokens:
+            return hashlib.sha256(block_hash + self._adapter).digest()
+        tokens = self._request.all_token_ids[i * self._block_size : (i + 1) * self._block_size]
+        self._parent = hashlib.sha256(self._parent + np.asarray(tokens, dtype="<i8").tobytes()).digest()
+        return self._parent
+
+
+def _adapter_digest(request: Request) -> bytes | None:
+    """Of a LoRA adapter's weights and configuration; empty without one, None where it cannot be had."""
+    lora = request.lora_request
+    if lora is None:
+        return b""
+    try:
+        folder = Path(lora.lora_path)
+        with (folder / "adapter_config.json").open("rb") as f:
+            config = f.read(_MAX_CONFIG_NBYTES)
+        return hashlib.sha256(bytes.fromhex(folder_digest(folder)) + config).digest()
+    except (ConfigError, OSError) as e:
+        logger.warning("KV of adapter %s is neither stored nor loaded: %s", lora.lora_name, e)
+        return None
