@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from kvstore import KVLayout
-from kvstore.byte_layout import blocks_of
+from kvstore.byte_layout import blocks_of, payload_tensors
 from kvstore.errors import KVStoreError
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=4, head_size=8, block_size=5, dtype=torch.bfloat16)
@@ -36,6 +38,33 @@ def test_an_engines_pages(blocks: torch.Tensor, order: str, tp_size: int) -> Non
         ranks.append(pages_lbhtc if order == "LBHNC" else pages_lbhtc.transpose(2, 3))
     payload = payload_of(torch.stack(ranks))
     assert torch.equal(blocks_of(payload, LAYOUT, PER_CHUNK, f"vllm 0.32 cpu {order}", tp_size), blocks)
+
+
+@pytest.mark.parametrize(("tp_size", "names"), [(1, ["layer.000"]), (2, ["rank.0.layer.000", "rank.1.layer.002"])])
+@pytest.mark.parametrize("order", ["LBHNC", "LBNHC"])
+def test_tensors_of_an_engines_pages(blocks: torch.Tensor, order: str, tp_size: int, names: list[str]) -> None:
+    """Each is what its name and shape say: pages of a rank's heads, K then V."""
+    parts = payload_tensors(LAYOUT, PER_CHUNK, f"vllm 0.32 cpu {order}", tp_size)
+    assert set(names) <= {part.name for part in parts}
+    sizes = [math.prod(part.shape) * 2 for part in parts]
+    assert sum(sizes) == PER_CHUNK * LAYOUT.block_nbytes
+    pages_bhtc = torch.cat([blocks[:, 2, 0], blocks[:, 2, 1]], dim=-1).chunk(tp_size, dim=1)[-1]
+    wanted = pages_bhtc if order == "LBHNC" else pages_bhtc.transpose(1, 2)
+    ranks = []
+    for part_bl2htd in blocks.chunk(tp_size, dim=3):
+        pages_lbhtc = torch.cat([part_bl2htd[:, :, 0], part_bl2htd[:, :, 1]], dim=-1).transpose(0, 1)
+        ranks.append(pages_lbhtc if order == "LBHNC" else pages_lbhtc.transpose(2, 3))
+    payload = payload_of(torch.stack(ranks))
+    last = payload[-sizes[-1] :].view(parts[-1].dtype).reshape(parts[-1].shape)
+    assert torch.equal(last, wanted)
+
+
+def test_what_is_not_known_is_bytes() -> None:
+    for layout, tp_size in (("other", 1), ("vllm 0.32 cpu LBHNC", 3)):
+        (part,) = payload_tensors(LAYOUT, PER_CHUNK, layout, tp_size)
+        assert (part.name, part.dtype, part.shape) == ("payload", torch.uint8, (PER_CHUNK * LAYOUT.block_nbytes,))
+    many = KVLayout(num_layers=1 << 17, num_kv_heads=1, head_size=1, block_size=1, dtype=torch.uint8)
+    assert len(payload_tensors(many, 1, "LBKHTD", 1)) == 1
 
 
 def test_another_is_refused(blocks: torch.Tensor) -> None:

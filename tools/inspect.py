@@ -167,11 +167,9 @@ def _position(chunk: StoredChunk, key: BlockKey, verdict: Verdict) -> int | None
 
 def statistics_of(row: NDArray[np.uint8], fmt: StoredFormat, position: int) -> list[PartStatistics]:
     """Statistics of each layer's K and V of one block of a slot, shape (slot_nbytes,)."""
-    layout, slot, placed = fmt.layout, fmt.slot, fmt.placed
+    layout, slot = fmt.layout, fmt.slot
     payload = torch.from_numpy(row[: slot.payload_nbytes].copy())
-    blocks_BL2HTD = blocks_of(
-        payload, layout, slot.blocks_per_chunk, str(placed["byte_layout"]), int(placed["tp_size"])
-    )
+    blocks_BL2HTD = blocks_of(payload, layout, slot.blocks_per_chunk, fmt.byte_layout, fmt.tp_size)
     return [
         PartStatistics.of(layer, part, blocks_BL2HTD[position, layer, i].to(torch.float64))
         for layer in range(layout.num_layers)

@@ -26,6 +26,7 @@ from kvstore.tiers.shared_tree import canonical_json
 
 MAX_CHUNK_NBYTES: Final = 4 << 30
 _MAX_FIELDS: Final = 64
+_MAX_RANKS: Final = 4096
 _MAX_LAYERS: Final = 4096
 _MAX_SIZE: Final = 1 << 20
 
@@ -38,6 +39,8 @@ class StoredFormat:
     placed: dict[str, str | int]
     layout: KVLayout
     slot: SlotFormat
+    byte_layout: str
+    tp_size: int
 
     @classmethod
     def of(cls, content: object, placed: object) -> Self:
@@ -62,7 +65,9 @@ class StoredFormat:
         slot = SlotFormat(layout.block_nbytes * blocks_per_chunk, blocks_per_chunk, placement)
         if slot.slot_nbytes > MAX_CHUNK_NBYTES:
             raise ValueError(f"chunks of {slot.slot_nbytes} bytes")
-        return cls(content, placed, layout, slot)
+        return cls(
+            content, placed, layout, slot, str(placed.get("byte_layout")), _number(placed, "tp_size", _MAX_RANKS)
+        )
 
     @property
     def initial_namespace(self) -> bytes:

@@ -17,6 +17,7 @@ import contextlib
 import enum
 import errno
 import json
+import math
 import os
 import stat
 import threading
@@ -26,6 +27,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.byte_layout import payload_tensors
 from kvstore.direct_io import open_direct, preadv_full, pwritev_full
 from kvstore.identity import FORMAT_VERSION
 from kvstore.layout import DTYPES, KVLayout, dtype_name
@@ -61,22 +63,26 @@ class FileFormat:
         return stat.S_ISREG(status.st_mode) and status.st_size == self.file_nbytes
 
 
-def file_format(layout: KVLayout, fmt: SlotFormat, namespace: bytes) -> FileFormat:
+def file_format(
+    layout: KVLayout, fmt: SlotFormat, namespace: bytes, byte_layout: str = "LBKHTD", tp_size: int = 1
+) -> FileFormat:
     """The format of a namespace's files.
 
+    Args:
+        byte_layout, tp_size: of the placement; see `kvstore.byte_layout`.
     Raises:
         ValueError: a slot's payload is not that of ``blocks_per_chunk`` blocks of this layout.
     """
     if fmt.payload_nbytes != fmt.blocks_per_chunk * layout.block_nbytes:
         raise ValueError(f"a payload of {fmt.payload_nbytes} bytes is not {fmt.blocks_per_chunk} blocks of {layout}")
-    nbytes = fmt.blocks_per_chunk * layout.layer_nbytes
-    shape = [fmt.blocks_per_chunk, *layout.block_shape[1:]]
-    dtype = DTYPES[dtype_name(layout.dtype)][1]
     fields: dict[str, object] = {
         "__metadata__": {"format": "kvstore", "version": str(FORMAT_VERSION), "namespace": namespace.hex()}
     }
-    for i in range(layout.num_layers):
-        fields[f"layer.{i:03d}"] = _tensor(dtype, shape, i * nbytes, (i + 1) * nbytes)
+    offset = 0
+    for part in payload_tensors(layout, fmt.blocks_per_chunk, byte_layout, tp_size):
+        end = offset + math.prod(part.shape) * part.dtype.itemsize
+        fields[part.name] = _tensor(DTYPES[dtype_name(part.dtype)][1], list(part.shape), offset, end)
+        offset = end
     rest = fmt.slot_nbytes - fmt.payload_nbytes
     fields[FOOTER_TENSOR] = _tensor("U8", [rest], fmt.payload_nbytes, fmt.slot_nbytes)
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=True).encode()

@@ -274,7 +274,8 @@ class SharedTier(LowerTier):
     def _format(self, namespace: bytes) -> FileFormat:
         fmt = self._formats.get(namespace)
         if fmt is None:
-            fmt = file_format(self._identity.layout, self._codec.fmt, namespace)
+            identity, placement = self._identity, self._identity.placement
+            fmt = file_format(identity.layout, self._codec.fmt, namespace, placement.byte_layout, placement.tp_size)
             self._formats = {self._namespace: self._formats.get(self._namespace, fmt), namespace: fmt}
         return fmt
 

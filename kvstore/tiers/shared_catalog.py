@@ -110,7 +110,7 @@ class SharedCatalog(Catalog):
     def _buffers_of(self, space: Space, fmt: StoredFormat) -> _Buffers:
         """Of one space at a time, for a chunk may be large."""
         if self._buffers is None or self._buffers.space is not space:
-            files = file_format(fmt.layout, fmt.slot, space.namespace)
+            files = file_format(fmt.layout, fmt.slot, space.namespace, fmt.byte_layout, fmt.tp_size)
             row, codec = page_aligned(fmt.slot.slot_nbytes), SlotCodec(fmt.slot, self._integrity_key)
             self._buffers = _Buffers(space, files, ChunkReader(files.header.nbytes), codec, row)
         return self._buffers

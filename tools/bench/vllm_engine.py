@@ -65,7 +65,7 @@ class Engine:
         return {"seconds": time.perf_counter() - start, "cached": [answer["cached"] for answer in answers]}
 
     def first_tokens(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """Seconds from a request's arrival to its first token, of requests that come at once; and tokens not computed."""
+        """Of requests that come at once: seconds from arrival to first token, and tokens not computed."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True)
