@@ -148,9 +148,8 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed = self._worker.take_failed_blocks() if self._worker is not None else []
-        if (
-            failed and len(self._groups.windows) > 1
-        ):  # there vLLM cannot be told which: better no answer than a wrong one
+        if failed and len(self._groups.windows) > 1:
+            # of several groups vLLM cannot be told which blocks: better no answer than a wrong one
             raise RuntimeError("KV could not be loaded from host memory")
         return {block for _, block in failed}
 
