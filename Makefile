@@ -10,7 +10,7 @@ VLLM_STAMP := $(VENV)/.vllm
 PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu check bench bench-vllm format clean
+.PHONY: help venv demo demo-vllm test test-slow test-gpu check bench bench-vllm format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ venv: $(STAMP)  ## Make .venv from constraints.txt (a few minutes; once)
 
 demo: $(STAMP)  ## Watch a real model skip its prefill: from host memory, disk and a shared path
 	$(VENV)/bin/kvstore demo
+
+demo-vllm: $(VLLM_STAMP)  ## Watch prefill disturb decode, and not: one vLLM server against prefill and decode apart
+	$(VENV)/bin/kvstore demo-vllm
 
 test: check $(VLLM_STAMP)  ## Everything that CI runs: check, then all tests that are not slow
 	$(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)

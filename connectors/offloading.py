@@ -110,7 +110,9 @@ class OffloadingScheduler(SchedulerHalf):
         Raises:
             ValueError: that was not promised; the promise is over.
         """
-        promise = self._promises.pop(request_id)
+        promise = self._promises.pop(request_id, None)
+        if promise is None:
+            raise ValueError(f"request {request_id!r} was promised nothing, or has taken it")
         jobs, num_blocks = [], 0
         number = self._open(lambda: self._release(promise))
         for group, (lease, start, ids) in enumerate(zip(promise.leases, promise.starts, blocks, strict=True)):

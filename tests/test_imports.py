@@ -36,7 +36,7 @@ ADAPTERS = {
     "tokenizers": ("tools/demo*.py",),
     "vllm": ("connectors/vllm/*.py", "tools/bench/vllm*.py"),
     "nixl": ("connectors/nixl.py",),
-    "aiohttp": ("tools/proxy/*.py",),
+    "aiohttp": ("tools/proxy/*.py", "tools/demo_vllm/client.py"),
     "zmq": ("connectors/control.py",),
 }
 UNPICKLE = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing"}

@@ -2,7 +2,7 @@
 
 Nothing heavy is imported before a command runs, so that help comes at once.
 
-Exit codes: 0, all is well; 1, something stored is damaged (or the demo's answers differ);
+Exit codes: 0, all is well; 1, something stored is damaged (or a demo's answers differ);
 2, wrong usage, or there is nothing to look at.
 """
 
@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from tools.demo_vllm.command import demo_vllm
 from tools.proxy.command import proxy
 
 app = typer.Typer(
@@ -193,6 +194,7 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+app.command()(_errors()(demo_vllm))
 app.command()(_errors()(proxy))
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from connectors.vllm.connector import KVStoreOffloadingConnector, KVStoreSharedStorageConnector
+from connectors.vllm.connector import KVStoreConnector, KVStoreOffloadingConnector, KVStoreSharedStorageConnector
 
-__all__ = ["KVStoreOffloadingConnector", "KVStoreSharedStorageConnector", "register"]
+__all__ = ["KVStoreConnector", "KVStoreOffloadingConnector", "KVStoreSharedStorageConnector", "register"]
 
 _NAMES: Final = ("KVStoreOffloadingConnector", "KVStoreSharedStorageConnector")
 

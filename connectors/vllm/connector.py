@@ -8,8 +8,9 @@ copied when the step has been computed, before its blocks can be reused.
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -23,7 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from connectors.base import Step, Stripe
+from connectors.base import SchedulerHalf, Stripe, WorkerHalf
 from connectors.offloading import OffloadingScheduler, OffloadingWorker
 from connectors.shared_storage import SharedStorageScheduler
 from connectors.tier_sampler import TierSampler
@@ -33,6 +34,7 @@ from connectors.vllm.identity import identity_of
 from connectors.vllm.metrics import TierPromMetrics, TierStatsSample
 from connectors.vllm.request_keys import RequestKeys
 from connectors.vllm.settings import Settings
+from kvstore.identity import KVIdentity
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,7 +63,7 @@ _NULL_BLOCK: Final = 0  # vLLM's placeholder for a block that a sliding window h
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    step: Step
+    step: Any  # what the scheduler half tells the worker half
 
 
 @dataclass
@@ -78,38 +80,47 @@ class Reports(KVConnectorWorkerMetadata):
         return Reports(total)
 
 
-class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
-    """KV in host memory, and below it on disk and on a shared path.
+class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
+    """vLLM's interface over a scheduler half and worker halves, which a subclass makes.
 
-    ``kv_connector_extra_config``: see `connectors.vllm.settings.Settings`. ``kv_role`` says
-    whether it stores (``kv_producer``), loads (``kv_consumer``) or both.
+    ``kv_role`` says whether it stores (``kv_producer``), loads (``kv_consumer``) or both.
     """
 
-    _required: ClassVar[tuple[str, ...]] = ()
-    _default_host_nbytes: ClassVar[int] = 4 * _GIB
+    blocks_per_chunk = 1  # stores begin and end where so many blocks do
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config or {}
-        settings = Settings.of(extra, self._required)
-        self._groups = CacheGroups.of(vllm_config, kv_cache_config)
-        identity = identity_of(vllm_config, kv_cache_config, self._groups, settings.model_revision)
         events = vllm_config.kv_events_config
-        self._store_config = settings.store_config(
-            identity,
-            default_host_nbytes=self._default_host_nbytes,
-            event_log_blocks=EVENT_LOG_BLOCKS if events is not None and events.enable_kv_cache_events else 0,
-        )
-        self._block_size = identity.layout.block_size
-        self._worker: OffloadingWorker | None = None
-        self._scheduler: OffloadingScheduler | None = None
+        self._event_log_blocks = EVENT_LOG_BLOCKS if events is not None and events.enable_kv_cache_events else 0
+        self._groups = CacheGroups.of(vllm_config, kv_cache_config)
+        self._num_workers = vllm_config.parallel_config.tensor_parallel_size
+        self._block_size = self._groups.layout.block_size
+        self._worker: WorkerHalf | None = None
+        self._scheduler: SchedulerHalf | None = None
         self._sampler: TierSampler | None = None
-        if role == KVConnectorRole.SCHEDULER:
-            half = OffloadingScheduler if self._store_config.shared is None else SharedStorageScheduler
-            num_workers = vllm_config.parallel_config.tensor_parallel_size
-            self._scheduler = half(self._store_config, num_workers, self._groups.windows)
-            self._sampler = TierSampler(self._scheduler.stats, self._scheduler.take_events, EVENT_LOG_BLOCKS)
         self._requests: dict[str, _Request] = {}
+        self.configure(identity_of(vllm_config, kv_cache_config, self._groups, extra.get("model_revision")), extra)
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = self.make_scheduler(self._num_workers, self._groups.windows)
+            self._sampler = TierSampler(self._scheduler.stats, self._scheduler.take_events, EVENT_LOG_BLOCKS)
+
+    # -- what a subclass says
+
+    def configure(self, identity: KVIdentity, extra: Mapping[str, Any]) -> None:
+        """Read ``kv_connector_extra_config``; raises ConfigError for what is wrong in it.
+
+        Args:
+            identity: of this engine's KV: what is stored must never be loaded under another.
+        """
+
+    @abstractmethod
+    def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:
+        """Once, beside the engine's scheduler. ``windows``: see `OffloadingScheduler`."""
+
+    @abstractmethod
+    def make_worker(self, stripe: Stripe, groups: Sequence[Sequence[torch.Tensor]]) -> WorkerHalf:
+        """Once in every worker. ``groups``: see `OffloadingWorker`."""
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -128,7 +139,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
         ]
         ranks = get_tp_group()
         stripe = Stripe.of_rank(ranks.rank_in_group, ranks.world_size, groups.num_replicas)
-        self._worker = OffloadingWorker(stripe, planes, self._store_config.blocks_per_chunk)
+        self._worker = self.make_worker(stripe, planes)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -157,7 +168,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
         reports = self._worker.take_reports() if self._worker is not None else {}
         return Reports(reports) if reports else None
 
-    def _step(self) -> Step:
+    def _step(self) -> Any:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepMetadata)
         return metadata.step
@@ -165,7 +176,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
     # -- scheduler
 
     @property
-    def scheduler(self) -> OffloadingScheduler:
+    def scheduler(self) -> SchedulerHalf:
         assert self._scheduler is not None
         return self._scheduler
 
@@ -236,7 +247,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         sources: Counter[CacheHitSource] = Counter()
         for tier, n in self.scheduler.sources(request.request_id, num_external_tokens // self._block_size).items():
-            sources[_HIT_SOURCES[tier]] += n * self._block_size
+            sources[_HIT_SOURCES.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)] += n * self._block_size
         return dict(sources)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
@@ -279,7 +290,7 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _store(self, request_id: str, num_computed_tokens: int) -> None:
         """Store the blocks that this step fills with tokens that are known: drafts may be rejected."""
-        state, per_chunk = self._requests[request_id], self._store_config.blocks_per_chunk
+        state, per_chunk = self._requests[request_id], self.blocks_per_chunk
         full = min(num_computed_tokens, state.request.num_tokens) // self._block_size
         full = min(full, len(state.keys))
         full -= full % per_chunk
@@ -296,6 +307,29 @@ class KVStoreOffloadingConnector(KVConnectorBase_V1, SupportsHMA):
         """Leading blocks of a request that a producer has handed over."""
         half = self.scheduler
         return half.expected_blocks(request.kv_transfer_params) if isinstance(half, SharedStorageScheduler) else 0
+
+
+class KVStoreOffloadingConnector(KVStoreConnector):
+    """KV in host memory, and below it on disk and on a shared path.
+
+    ``kv_connector_extra_config``: see `connectors.vllm.settings.Settings`.
+    """
+
+    _required: ClassVar[tuple[str, ...]] = ()
+    _default_host_nbytes: ClassVar[int] = 4 * _GIB
+
+    def configure(self, identity: KVIdentity, extra: Mapping[str, Any]) -> None:
+        self._store_config = Settings.of(extra, self._required).store_config(
+            identity, default_host_nbytes=self._default_host_nbytes, event_log_blocks=self._event_log_blocks
+        )
+        self.blocks_per_chunk = self._store_config.blocks_per_chunk
+
+    def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:
+        half = OffloadingScheduler if self._store_config.shared is None else SharedStorageScheduler
+        return half(self._store_config, num_workers, windows)
+
+    def make_worker(self, stripe: Stripe, groups: Sequence[Sequence[torch.Tensor]]) -> WorkerHalf:
+        return OffloadingWorker(stripe, groups, self.blocks_per_chunk)
 
 
 class KVStoreSharedStorageConnector(KVStoreOffloadingConnector):

@@ -20,7 +20,7 @@ _LOCALITY: Final = {"host": "LOCAL", "disk": "LOCAL", "shared": "REMOTE"}
 def kv_events(events: Iterable[TierEvent], block_size: int) -> Iterator[KVCacheEvent]:
     """One event for each KV cache group; ``ownership`` names the tier. Tokens and parents are not known there."""
     for event in events:
-        medium, locality, owner = _MEDIUM[event.tier], _LOCALITY[event.tier], f"kvstore.{event.tier}"
+        medium, locality, owner = _MEDIUM.get(event.tier), _LOCALITY.get(event.tier), f"kvstore.{event.tier}"
         for group, keys in groupby(sorted(event.keys, key=attrgetter("group")), key=attrgetter("group")):
             hashes = [maybe_convert_block_hash(BlockHash(key.block_hash)) for key in keys]
             if event.kind == "stored":

@@ -17,7 +17,7 @@ from tools.demo_model import prepare_model
 from tools.demo_process import Child, ChildError
 from tools.demo_report import Measured, SourceRow
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.timeout(600)
