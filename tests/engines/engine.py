@@ -52,13 +52,10 @@ class Engine:
         assert self.ask("reset", connector=False)
         return self.generate(*prompts, **arguments)
 
-    def settle(self) -> dict[str, Any]:
-        stats: dict[str, Any] = self.ask("settle")["stats"][0]
+    def settle(self, *, must_store: bool = True) -> dict[str, Any]:
+        """Until everything is stored, or cannot be, as where storage is in trouble; then the connector's stats."""
+        stats: dict[str, Any] = self.ask("settle", must_store=must_store)["stats"][0]
         return stats
-
-    def settle_anyhow(self) -> None:
-        """Where storage is in trouble, not everything is stored."""
-        self.ask("settle", must_store=False)
 
     def hand_over(self, ids: list[int]) -> dict[str, Any]:
         """What a prefill of these tells a decode server."""
