@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvstore.copier import Copier
 from kvstore.io_service import IoService, Located
 from kvstore.jobs import Indices, ReadJob
 from kvstore.keys import KEY_NBYTES, BlockKey, keys_to_array
@@ -27,17 +26,24 @@ _WINDOW_NBYTES: Final = 16 << 20
 _WINDOWS: Final = 3  # under way; more calls than an `IoPool` queues would make the caller wait
 
 
+class Sink(Protocol):
+    """Where verified blocks are copied on to: `kvstore.copier.Copier`, or what an engine has instead."""
+
+    def load(self, slots: Slots, positions: NDArray[np.int64], out: torch.Tensor, places: NDArray[np.int64]) -> None:
+        """Copy block ``positions[i]`` of host slot ``slots[i]`` to where ``out[places[i]]`` is, or says."""
+
+
 class Promotion:
     """One prefix's way up from the lower tiers.
 
     Args:
-        copier: copies on into a tensor; None where host memory is all that is wanted.
+        sink: copies on; None where host memory is all that is wanted.
     """
 
     def __init__(
-        self, manager: TierManager, io: IoService, rows: Rows, fmt: SlotFormat, copier: Copier | None = None
+        self, manager: TierManager, io: IoService, rows: Rows, fmt: SlotFormat, sink: Sink | None = None
     ) -> None:
-        self._manager, self._io, self._rows, self._fmt, self._copier = manager, io, rows, fmt, copier
+        self._manager, self._io, self._rows, self._fmt, self._sink = manager, io, rows, fmt, sink
         self._window = max(1, _WINDOW_NBYTES // fmt.slot_nbytes)
 
     def run(self, keys: Sequence[BlockKey], out: torch.Tensor | None, deadline: float) -> int:
@@ -131,8 +137,8 @@ class Promotion:
         counts = np.minimum(window.counts[at], room)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         slots, first = np.repeat(window.slots[at], counts), np.repeat(positions, counts)
-        if self._copier is not None and window.out is not None:
-            self._copier.load(slots, first + within, window.out, np.repeat(window.starts[at], counts) + within)
+        if self._sink is not None and window.out is not None:
+            self._sink.load(slots, first + within, window.out, np.repeat(window.starts[at], counts) + within)
         window.good[at] = counts == window.counts[at]
 
     def _chunk_keys(self, slots: Slots) -> NDArray[np.uint8]:

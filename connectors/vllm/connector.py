@@ -33,7 +33,7 @@ from connectors.vllm.groups import CacheGroups, UnsupportedEngineError
 from connectors.vllm.identity import identity_of
 from connectors.vllm.metrics import TierPromMetrics, TierStatsSample
 from connectors.vllm.request_keys import RequestKeys
-from connectors.vllm.settings import Settings
+from connectors.vllm.settings import EXTRA_CONFIG, Settings, named_in
 from kvstore.identity import KVIdentity
 
 if TYPE_CHECKING:
@@ -319,9 +319,10 @@ class KVStoreOffloadingConnector(KVStoreConnector):
     _default_host_nbytes: ClassVar[int] = 4 * _GIB
 
     def configure(self, identity: KVIdentity, extra: Mapping[str, Any]) -> None:
-        self._store_config = Settings.of(extra, self._required).store_config(
-            identity, default_host_nbytes=self._default_host_nbytes, event_log_blocks=self._event_log_blocks
-        )
+        with named_in(EXTRA_CONFIG):
+            self._store_config = Settings.of(extra, self._required).store_config(
+                identity, default_host_nbytes=self._default_host_nbytes, event_log_blocks=self._event_log_blocks
+            )
         self.blocks_per_chunk = self._store_config.blocks_per_chunk
 
     def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -68,6 +69,20 @@ def _revision(model: ModelConfig) -> str:
         f"{model.model}: no immutable revision is known; give --revision with a commit, "
         "or model_revision in kv_connector_extra_config"
     )
+
+
+def revision_of_name(model: str) -> str:
+    """Of a model in a folder, of which no more is known: a digest of its weights and of its ``config.json``.
+
+    Raises:
+        ConfigError: it is not in a folder.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        raise ConfigError(f"model_revision: not set, and {model!r} is no folder; give the commit that is served")
+    config = path / "config.json"
+    told = config.read_bytes() if config.is_file() else b""
+    return hashlib.sha256(folder_digest(path).encode() + told).hexdigest()
 
 
 def _hash_seed(config: VllmConfig) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingGaugeMetadata, OffloadingMetricMetadata
 
-from connectors.tier_sampler import COUNTERS, GAUGES
+from connectors.tier_sampler import COUNTERS, GAUGES, Sample
 
 _COUNTER_NAMES: Final = {
     "hit_blocks": ("hit_blocks", "Blocks that were loaded from the tier."),
@@ -29,6 +31,30 @@ _GAUGE_NAMES: Final = {
 }
 assert set(_COUNTER_NAMES) == set(COUNTERS)
 assert set(_GAUGE_NAMES) == set(GAUGES)
+
+
+_SECONDARY: Final = "vllm:kvstore_secondary_tier_{}"
+
+
+def offloading_metrics() -> dict[str, OffloadingMetricMetadata]:
+    """What `KVStoreTier` exports by way of vLLM's OffloadingConnector; label ``tier``."""
+    counters = {
+        _SECONDARY.format(name): OffloadingCounterMetadata(text, ("tier",)) for name, text in _COUNTER_NAMES.values()
+    }
+    gauges = {_SECONDARY.format(name): OffloadingGaugeMetadata(text, ("tier",)) for name, text in _GAUGE_NAMES.values()}
+    return {**counters, **gauges}
+
+
+def offloading_stats(sample: Sample) -> OffloadingConnectorStats:
+    """A sample as vLLM's OffloadingConnector takes it."""
+    stats = OffloadingConnectorStats()
+    for tier, values in sample.items():
+        for name, value in values.items():
+            if name in GAUGES:
+                stats.set_gauge(_SECONDARY.format(_GAUGE_NAMES[name][0]), value, (tier,))
+            elif name in COUNTERS and value:
+                stats.increase_counter(_SECONDARY.format(_COUNTER_NAMES[name][0]), value, (tier,))
+    return stats
 
 
 class TierStatsSample(KVConnectorStats):

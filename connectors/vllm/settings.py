@@ -1,9 +1,13 @@
-"""``kv_connector_extra_config`` as settings: what is allowed, and what it comes to in blocks."""
+"""``kv_connector_extra_config`` as settings: what is allowed, and what it comes to in blocks.
+
+A ConfigError of this file begins with the setting's key; `named_in` says where that was given.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -22,6 +26,18 @@ _NAMES: Final = {  # of a store's settings, as they are called here
     "shared.path": "shared_storage_path",
     "shared.capacity_nbytes": "shared_capacity_bytes",
 }
+
+
+EXTRA_CONFIG: Final = "kv_connector_extra_config"
+
+
+@contextmanager
+def named_in(where: str) -> Iterator[None]:
+    """Errors about a setting say where it was given."""
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(f"{where}.{e}") from e
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,22 +63,22 @@ class Settings:
     model_revision: str | None = None
 
     @classmethod
-    def of(cls, extra: Mapping[str, Any], required: tuple[str, ...]) -> Self:
+    def of(cls, extra: Mapping[str, Any], required: tuple[str, ...], excluded: tuple[str, ...] = ()) -> Self:
         """Raises ConfigError for a key that is not known, or is missing."""
-        allowed = [f.name for f in dataclasses.fields(cls)]
+        allowed = [f.name for f in dataclasses.fields(cls) if f.name not in excluded]
         for key in extra:
             if key not in allowed:
-                raise ConfigError(f"kv_connector_extra_config.{key}: not known; allowed: {', '.join(allowed)}")
+                raise ConfigError(f"{key}: not known; allowed: {', '.join(allowed)}")
         for key, types in (("block_size", int), ("num_cpu_blocks", int), ("cpu_bytes_to_use", int)):
             if key in extra and (isinstance(extra[key], bool) or not isinstance(extra[key], types)):
-                raise ConfigError(f"kv_connector_extra_config.{key}: {extra[key]!r}; give a whole number")
+                raise ConfigError(f"{key}: {extra[key]!r}; give a whole number")
         settings = cls(**extra)
         for key in required:
             if getattr(settings, key) is None:
-                raise ConfigError(f"kv_connector_extra_config.{key}: not set; this connector needs it")
+                raise ConfigError(f"{key}: not set; this connector needs it")
         for path, size in (("disk_path", "disk_capacity_bytes"), ("shared_storage_path", "shared_capacity_bytes")):
             if (getattr(settings, path) is None) != (getattr(settings, size) is None):
-                raise ConfigError(f"kv_connector_extra_config: give both {path} and {size}, or neither")
+                raise ConfigError(f"{path}: give it and {size}, or neither")
         return settings
 
     def store_config(self, identity: KVIdentity, *, default_host_nbytes: int, event_log_blocks: int) -> StoreConfig:
@@ -75,16 +91,15 @@ class Settings:
             num_chunks = host_nbytes // slot_nbytes
             if num_chunks < 1:
                 raise ConfigError(
-                    f"kv_connector_extra_config.cpu_bytes_to_use: {host_nbytes} is less than one "
-                    f"block of {slot_nbytes} bytes; give more"
+                    f"cpu_bytes_to_use: {host_nbytes} is less than one block of {slot_nbytes} bytes; give more"
                 )
         elif self.cpu_bytes_to_use is not None:
-            raise ConfigError("kv_connector_extra_config: give num_cpu_blocks or cpu_bytes_to_use, not both")
+            raise ConfigError("num_cpu_blocks: give it or cpu_bytes_to_use, not both")
         try:
             return self._config(identity, num_chunks * per_chunk, per_chunk, event_log_blocks)
         except ConfigError as e:  # in the words of who set it
             key, colon, rest = str(e).partition(":")
-            raise ConfigError(f"kv_connector_extra_config.{_NAMES.get(key, key)}{colon}{rest}") from e
+            raise ConfigError(f"{_NAMES.get(key, key)}{colon}{rest}") from e
 
     def _config(
         self, identity: KVIdentity, num_host_blocks: int, blocks_per_chunk: int, event_log_blocks: int
@@ -114,7 +129,7 @@ class Settings:
     def _blocks_per_chunk(self, engine_block_size: int) -> int:
         if self.block_size < 0 or self.block_size % engine_block_size:
             raise ConfigError(
-                f"kv_connector_extra_config.block_size: {self.block_size!r}; "
+                f"block_size: {self.block_size!r}; "
                 f"give a multiple of the engine's block size, {engine_block_size} tokens"
             )
         return max(1, self.block_size // engine_block_size)
