@@ -151,6 +151,8 @@ def test_disk_answers_after_a_restart(
         wait_until(told)
         on_disk = sum(e[3] for e in events if e[:3] == ["BlockStored", "STORAGE", "kvstore.disk"])
         assert on_disk >= stats["disk"]["used_blocks"]
+        other.settle()  # two servers, as data-parallel ranks do, share one directory all the while
+        assert engine.generate(prompt(98, 300))[0]["cached"] == blocks(300)
     finally:
         other.stop()
 
