@@ -40,7 +40,7 @@ class Planes:
     def __init__(self, config: StoreConfig, *, shared_arena: bool = False) -> None:
         """Raises ConfigError: a setting is wrong, a directory holds another identity, or the
         host memory cannot be had. Nothing is left open."""
-        self._identity = config.identity
+        self.identity = config.identity
         self.fmt = SlotFormat.of(config.identity, config.blocks_per_chunk)
         codec = SlotCodec(self.fmt, read_integrity_key(config.integrity_key_file))
         num_slots = config.host.num_blocks // config.blocks_per_chunk
@@ -50,7 +50,7 @@ class Planes:
         self._log = EventLog(config.event_log_blocks)
         events = TierEvents(self._log, "host") if config.event_log_blocks else None
         self.manager = TierManager(num_slots, config.blocks_per_chunk, config.host.eviction_policy, events)
-        self._namespace = self._identity.namespace(INITIAL_EPOCH)
+        self._namespace = self.identity.namespace(INITIAL_EPOCH)
         self._lower_epoch = self.manager.epoch  # the epoch that the lower tiers look up in
         self._lock = threading.Lock()
         self._resetting = threading.Lock()
@@ -96,7 +96,7 @@ class Planes:
         with self._resetting:
             with self._lock:  # from here on nothing old is published, and lower tiers are not asked
                 self._lower_epoch = -1
-                self._namespace = self._identity.namespace(os.urandom(_EPOCH_NBYTES))
+                self._namespace = self.identity.namespace(os.urandom(_EPOCH_NBYTES))
                 epoch = self.manager.reset()
             if self.io is not None:
                 self.io.set_namespace(self._namespace)

@@ -20,10 +20,10 @@ PACKAGES = ("kvstore", "connectors", "tools")
 LAYERS = {
     "what things are": "errors layout byte_layout identity keys events config config_source",
     "bytes": "slot direct_io arena jobs copier",
-    "who holds what": "allocator index policy slot_table lookup_buffer",
+    "who holds what": "allocator index policy slot_table",
     "tiers": "tiers",
     "decisions": "manager promotion write_behind io_messages io_service io_connection io_client io_process planes store"
-    " metrics",
+    " lookup_buffer metrics",
     "for others": "export testing",
 }
 # The control plane knows keys and slots and never touches payload.

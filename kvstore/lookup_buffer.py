@@ -1,0 +1,309 @@
+"""`LookupBuffer`: KV that is inserted for somebody to take. As in SQL, ``drop_select`` returns and removes.
+
+Keys are exact hashes, and what is asked for is a prefix: the longest part of it that is there is
+selected. Everything is bounded: what is inserted by memory, how long it stays by a lease, and
+each wait by a deadline.
+
+`LocalLookupBuffer` keeps blocks in the host memory of `kvstore.planes.Planes`, pinned:
+
+    insert / hold   a claim on each key, for `lease_s`; a key may have several (prompts share prefixes)
+    select          takes one claim of each leading key; what has none left can be found no more
+    release         the selected slots are free again
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+import torch
+
+from kvstore.config import HostTierConfig, StoreConfig
+from kvstore.copier import Copier
+from kvstore.errors import ConfigError, NoRoomError, StoreClosedError
+from kvstore.identity import KVIdentity
+from kvstore.keys import BlockKey, keys_to_array
+from kvstore.manager import LoadLease
+from kvstore.planes import Planes
+from kvstore.slot import Slots
+
+logger = logging.getLogger(__name__)
+
+_JOIN_S: Final = 5.0
+
+
+class LookupBuffer(ABC):
+    """Thread-safe."""
+
+    @abstractmethod
+    def insert(self, keys: Sequence[BlockKey], blocks: torch.Tensor, *, timeout_s: float) -> bool:
+        """Add a prefix, all of it or nothing; it is copied when this returns.
+
+        Args:
+            blocks: shape (n, *layout.block_shape), one for each key.
+        Returns:
+            False where no room came free in time.
+        Raises:
+            NoRoomError: it is larger than the whole buffer.
+            ConfigError: blocks are of another shape or dtype, or not as many as keys; or a key
+                is there twice.
+            StoreClosedError: the buffer was closed.
+        """
+
+    @abstractmethod
+    def drop_select(self, keys: Sequence[BlockKey], out: torch.Tensor, *, timeout_s: float) -> int:
+        """Take the longest stored prefix of keys out of the buffer and into ``out[:n]``; returns n.
+
+        Of two who ask at once one gets a block that was inserted once. What was taken and could
+        not be brought over by the deadline is lost: it counts as a miss.
+
+        Raises:
+            ConfigError: out is of another shape or dtype, or not contiguous.
+            StoreClosedError: the buffer was closed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. May be called twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A claim on each key of a prefix, until they are taken or the lease runs out."""
+
+    keys: list[BlockKey]
+    expires: float
+    left: set[BlockKey] = field(default_factory=set)  # keys whose claim was not taken
+
+
+@dataclass(slots=True, eq=False)
+class Selection:
+    """Leading blocks that were taken out: pinned until `LocalLookupBuffer.release`, or until it runs out."""
+
+    keys: list[BlockKey]
+    lease: LoadLease
+    expires: float
+
+    @property
+    def slots(self) -> Slots:
+        return self.lease.slots
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class LocalLookupBuffer(LookupBuffer):
+    """Args:
+    planes: of one block a chunk and without lower tiers; the buffer's own from now on.
+    lease_s: how long what nobody takes stays.
+    """
+
+    def __init__(self, planes: Planes, *, lease_s: float) -> None:
+        if planes.fmt.blocks_per_chunk != 1:
+            raise ConfigError(f"blocks_per_chunk: {planes.fmt.blocks_per_chunk}; a lookup buffer takes 1")
+        if lease_s <= 0:
+            raise ConfigError(f"lease_s: {lease_s!r}; give a number of seconds above 0")
+        self._planes, self._manager, self._lease_s = planes, planes.manager, lease_s
+        self._lock = threading.Lock()
+        self._inserting = threading.Lock()  # one at a time, so that two cannot each have half the room
+        self._items: set[Item] = set()
+        self._claims: dict[BlockKey, deque[Item]] = {}  # oldest first
+        self._pinned: dict[BlockKey, int] = {}  # slots of claimed keys that are there
+        self._selections: set[Selection] = set()
+        self._stop = threading.Event()
+        self._reaper = threading.Thread(target=self._reap, name="kvstore-leases", daemon=True)
+        self._reaper.start()
+
+    @classmethod
+    def open(cls, identity: KVIdentity, *, num_blocks: int, lease_s: float = 60.0) -> Self:
+        """A buffer with memory of its own."""
+        return cls(Planes(StoreConfig(identity=identity, host=HostTierConfig(num_blocks=num_blocks))), lease_s=lease_s)
+
+    # -- tensors
+
+    def insert(self, keys: Sequence[BlockKey], blocks: torch.Tensor, *, timeout_s: float) -> bool:
+        copier = self._copier()
+        copier.check(blocks, "blocks")
+        if len(keys) != len(blocks):
+            raise ConfigError(f"blocks: {len(blocks)}, and {len(keys)} keys; give one for each")
+        if len(set(keys)) < len(keys):
+            raise ConfigError("keys: one is there twice; the keys of a prefix all differ")
+        deadline = time.monotonic() + timeout_s
+        if len(keys) > self._manager.num_slots:
+            raise NoRoomError(f"{len(keys)} blocks are more than the whole buffer, {self._manager.num_slots}")
+        if not self._inserting.acquire(timeout=max(0.0, timeout_s)):
+            return False
+        try:
+            item = self.hold(keys)  # what is there cannot go meanwhile
+            absent = np.flatnonzero(~self._manager.contains(keys))
+            current = self._planes.current()
+            slots = self._reserve(len(absent), deadline)
+            if slots is None:
+                self.cancel(item)
+                return False
+            try:
+                copier.store(blocks[torch.from_numpy(absent)], slots)
+            except BaseException:
+                self._manager.give_back(slots)
+                self.cancel(item)
+                raise
+            new = [keys[i] for i in absent.tolist()]
+            self._planes.publish(slots, keys_to_array(new)[:, None, :], current)
+            self.published(new)
+            return True
+        finally:
+            self._inserting.release()
+
+    def drop_select(self, keys: Sequence[BlockKey], out: torch.Tensor, *, timeout_s: float) -> int:
+        copier = self._copier()
+        copier.check(out, "out")
+        if not out.is_contiguous():
+            raise ConfigError("out: not contiguous; give a contiguous tensor")
+        selection = self.select(keys[: len(out)], time.monotonic() + timeout_s)
+        try:
+            copier.load(selection.slots, selection.lease.positions, out)
+        finally:
+            self.release(selection)
+        return len(selection)
+
+    # -- slots, for who fills and reads the planes' memory without a tensor
+
+    def hold(self, keys: Sequence[BlockKey]) -> Item:
+        """Claim keys, of which some may be published later; until then they have room that is not theirs yet."""
+        item = Item(list(keys), time.monotonic() + self._lease_s, set(keys))
+        with self._lock:
+            self._items.add(item)
+            for key in item.left:
+                self._claims.setdefault(key, deque()).append(item)
+            self._pin(keys)
+        return item
+
+    def published(self, keys: Sequence[BlockKey]) -> None:
+        """These are there now: whoever has a claim on them finds them pinned."""
+        with self._lock:
+            self._pin([key for key in keys if key in self._claims])
+
+    def cancel(self, item: Item) -> None:
+        """Give up what is left of a claim."""
+        with self._lock:
+            self._end(item)
+
+    def select(self, keys: Sequence[BlockKey], expires: float) -> Selection:
+        """Take the leading keys that are there and claimed; atomic.
+
+        Args:
+            expires: on the clock of `time.monotonic`, when the slots are free again at the latest.
+        """
+        self._check_open()
+        with self._lock:
+            wanted = list(dict.fromkeys(keys))  # a peer may name one twice
+            n = next((i for i, key in enumerate(wanted) if key not in self._pinned), len(wanted))
+            lease = self._manager.prepare_load(wanted[:n])
+            taken = wanted[: len(lease)]
+            for key in taken:
+                self._take(key, self._claims[key][0])
+            selection = Selection(taken, lease, expires)
+            self._selections.add(selection)
+            return selection
+
+    def release(self, selection: Selection) -> None:
+        """The slots may be used for something else. May be called twice, and after it has run out."""
+        with self._lock:
+            if selection in self._selections:
+                self._selections.remove(selection)
+                self._manager.release(selection.lease)
+
+    def usage(self) -> tuple[int, int]:
+        """(blocks that wait to be taken, blocks that were taken and not released)."""
+        with self._lock:
+            return len(self._pinned), sum(map(len, self._selections))
+
+    def reset(self) -> None:
+        """Nothing that was inserted, or is on its way, is ever found again; see `Planes.reset`."""
+        self._planes.reset()
+        with self._lock:
+            for item in list(self._items):
+                self._end(item)
+
+    def close(self) -> None:
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._reaper.join(_JOIN_S)
+        self._planes.close()
+
+    # -- inside
+
+    def _copier(self) -> Copier:
+        self._check_open()
+        return Copier(self._planes.identity.layout, 1, self._planes.arena.rows)
+
+    def _check_open(self) -> None:
+        if self._stop.is_set():
+            raise StoreClosedError("the lookup buffer was closed")
+
+    def _reserve(self, n: int, deadline: float) -> Slots | None:
+        """So many slots, or none."""
+        got = np.empty(0, dtype=np.int64)
+        while len(got) < n:
+            more = self._manager.reserve(n - len(got), deadline)
+            if not len(more):
+                self._manager.give_back(got)
+                return None
+            got = np.concatenate([got, more])
+        return got
+
+    def _pin(self, keys: Sequence[BlockKey]) -> None:
+        """Pin those that are there, once for all claims."""
+        for key in keys:
+            if key not in self._pinned:
+                lease = self._manager.prepare_load([key])
+                if len(lease):
+                    self._pinned[key] = int(lease.slots[0])
+
+    def _take(self, key: BlockKey, item: Item) -> None:
+        """End an item's claim on a key; with the last one the key goes."""
+        claims = self._claims[key]
+        claims.remove(item)
+        item.left.discard(key)
+        if not item.left:
+            self._items.discard(item)
+        if claims:
+            return
+        del self._claims[key]
+        slot = self._pinned.pop(key, None)
+        if slot is not None:
+            self._manager.drop([key])
+            self._manager.unpin(np.array([slot]))
+
+    def _end(self, item: Item) -> None:
+        for key in list(item.left):
+            self._take(key, item)
+        self._items.discard(item)
+
+    def _reap(self) -> None:
+        """Runs in a thread: end what has run out."""
+        while not self._stop.wait(min(1.0, self._lease_s / 4)):
+            now = time.monotonic()
+            with self._lock:
+                for item in [item for item in self._items if item.expires <= now]:
+                    logger.info("nobody took %d of %d blocks in time", len(item.left), len(item.keys))
+                    self._end(item)
+            for selection in [selection for selection in self._selections.copy() if selection.expires <= now]:
+                self.release(selection)
