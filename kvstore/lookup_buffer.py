@@ -142,33 +142,18 @@ class LocalLookupBuffer(LookupBuffer):
         copier.check(blocks, "blocks")
         if len(keys) != len(blocks):
             raise ConfigError(f"blocks: {len(blocks)}, and {len(keys)} keys; give one for each")
-        if len(set(keys)) < len(keys):
-            raise ConfigError("keys: one is there twice; the keys of a prefix all differ")
-        deadline = time.monotonic() + timeout_s
-        if len(keys) > self._manager.num_slots:
-            raise NoRoomError(f"{len(keys)} blocks are more than the whole buffer, {self._manager.num_slots}")
-        if not self._inserting.acquire(timeout=max(0.0, timeout_s)):
+        deadline, current = time.monotonic() + timeout_s, self._planes.current()
+        found = self.reserve(keys, deadline)
+        if found is None:
             return False
+        item, absent, slots = found
         try:
-            item = self.hold(keys)  # what is there cannot go meanwhile
-            absent = np.flatnonzero(~self._manager.contains(keys))
-            current = self._planes.current()
-            slots = self._reserve(len(absent), deadline)
-            if slots is None:
-                self.cancel(item)
-                return False
-            try:
-                copier.store(blocks[torch.from_numpy(absent)], slots)
-            except BaseException:
-                self._manager.give_back(slots)
-                self.cancel(item)
-                raise
-            new = [keys[i] for i in absent.tolist()]
-            self._planes.publish(slots, keys_to_array(new)[:, None, :], current)
-            self.published(new)
-            return True
-        finally:
-            self._inserting.release()
+            copier.store(blocks[torch.tensor(absent, dtype=torch.int64)], slots)
+        except BaseException:
+            self.give_back(item, slots)
+            raise
+        self.publish([keys[i] for i in absent], slots, current)
+        return True
 
     def drop_select(self, keys: Sequence[BlockKey], out: torch.Tensor, *, timeout_s: float) -> int:
         copier = self._copier()
@@ -183,6 +168,43 @@ class LocalLookupBuffer(LookupBuffer):
         return len(selection)
 
     # -- slots, for who fills and reads the planes' memory without a tensor
+
+    def reserve(self, keys: Sequence[BlockKey], deadline: float) -> tuple[Item, list[int], Slots] | None:
+        """Claim keys and take a slot for each that is not there, to be filled; all of them or, at the deadline, none.
+
+        Returns:
+            The claim, which of the keys the slots are for, and the slots: for `publish` or `give_back`.
+        Raises:
+            NoRoomError: there will never be so much room.
+            ConfigError: a key is there twice.
+        """
+        self._check_open()
+        if len(keys) > self._manager.num_slots:
+            raise NoRoomError(f"{len(keys)} blocks are more than the whole buffer, {self._manager.num_slots}")
+        if len(set(keys)) < len(keys):
+            raise ConfigError("keys: one is there twice; the keys of a prefix all differ")
+        if not self._inserting.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return None
+        try:
+            item = self.hold(keys)  # what is there cannot go meanwhile
+            absent = np.flatnonzero(~self._manager.contains(keys)).tolist()
+            slots = self._reserve(len(absent), deadline)
+            if slots is None:
+                self.cancel(item)
+                return None
+            return item, absent, slots
+        finally:
+            self._inserting.release()
+
+    def publish(self, keys: Sequence[BlockKey], slots: Slots, current: tuple[int, bytes]) -> None:
+        """Filled slots, one for each key, can be selected; ``current``: see `Planes.publish`."""
+        self._planes.publish(slots, keys_to_array(keys)[:, None, :], current)
+        self.published(keys)
+
+    def give_back(self, item: Item, slots: Slots) -> None:
+        """What was reserved will not be filled."""
+        self._manager.give_back(slots)
+        self.cancel(item)
 
     def hold(self, keys: Sequence[BlockKey]) -> Item:
         """Claim keys, of which some may be published later; until then they have room that is not theirs yet."""

@@ -50,6 +50,7 @@ class Planes:
         self._log = EventLog(config.event_log_blocks)
         events = TierEvents(self._log, "host") if config.event_log_blocks else None
         self.manager = TierManager(num_slots, config.blocks_per_chunk, config.host.eviction_policy, events)
+        self.codec = codec
         self._namespace = self.identity.namespace(INITIAL_EPOCH)
         self._lower_epoch = self.manager.epoch  # the epoch that the lower tiers look up in
         self._lock = threading.Lock()

@@ -1,0 +1,215 @@
+"""A producer on another host, as its consumer sees it: what it holds, brought into our slots and verified.
+
+    select    a request: the peer takes a prefix out of its buffer for us
+    read      requests and a pipe: slots of the peer -> slots of ours, one thread, in order
+    insert    the other way round
+
+A peer that does not answer, or whose bytes do not verify, is a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from connectors.lookup_messages import (
+    VERSION,
+    Answer,
+    Done,
+    Fetch,
+    Insert,
+    Join,
+    Joined,
+    Refused,
+    Release,
+    Request,
+    Reserve,
+    Reserved,
+    Select,
+    Selected,
+    identity_fields,
+)
+from connectors.pipe import Pipe, PipeEnd
+from kvstore.errors import KVStoreError
+from kvstore.jobs import Indices, IoPool, PooledReadJob, ReadJob, ReadOperation
+from kvstore.keys import BlockKey, keys_to_array
+from kvstore.planes import Planes
+from kvstore.slot import Slots
+from kvstore.tiers.base import TierStats
+from kvstore.tiers.health import TierHealth
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Answer)
+Ask = Callable[[Request, float], Answer]
+"""Ask the peer, with a deadline in seconds; raises KVStoreError where it does not answer."""
+
+_JOIN_S: Final = 5.0
+_CLOSE_S: Final = 5.0
+
+
+class PeerError(KVStoreError):
+    """A peer does not do what it was asked for."""
+
+
+@dataclass(slots=True)
+class RemoteSelection:
+    """Leading blocks that the peer holds for us."""
+
+    number: int
+    keys: list[BlockKey]
+    namespace: bytes
+    left: int  # to be read
+
+
+class Peer:
+    """Thread-safe.
+
+    Args:
+        planes: whose slots blocks come to.
+        make_end: a pipe's client end over those rows.
+    """
+
+    def __init__(self, name: str, ask: Ask, planes: Planes, transport: str, make_end: Callable[[], PipeEnd]) -> None:
+        self.name = name
+        self._ask, self._planes, self._transport, self._make_end = ask, planes, transport, make_end
+        self._health = TierHealth(f"peer {name}")
+        self._pool = IoPool(f"kvstore-peer-{name}", 1)  # its thread alone uses the pipe
+        self._asker = ThreadPoolExecutor(1, thread_name_prefix="kvstore-peer-ask")
+        self._pipe: Pipe | None = None
+        self._pipe_number = 0
+        self._lock = threading.Lock()
+        self._stats = TierStats(name="peer")
+
+    def select(self, keys: Sequence[BlockKey], deadline: float) -> RemoteSelection | None:
+        """Have the peer hold the longest prefix that it has; None where it has none, or does not answer."""
+        namespace, left_s = self._planes.current()[1], deadline - time.monotonic()
+        if left_s <= 0 or not self._health.allow():
+            return None
+        try:
+            answer = self._asked(Select(namespace, b"".join(keys), left_s), left_s, Selected)
+            self._health.recover()
+        except KVStoreError as e:
+            self._health.fail(e)
+            return None
+        if answer.num_blocks > len(keys) or not answer.num_blocks:
+            self._count(miss_blocks=len(keys))
+            return None
+        return RemoteSelection(answer.selection, list(keys[: answer.num_blocks]), namespace, answer.num_blocks)
+
+    def read(self, selection: RemoteSelection, first: int, host_slots: Slots, deadline: float) -> ReadJob:
+        """Blocks ``first`` on into slots; see `kvstore.jobs.ReadJob`. They are verified by who collects them."""
+        keys = keys_to_array(selection.keys[first : first + len(host_slots)])
+        planes = self._planes
+
+        def run() -> None:
+            self._fetch(selection, first, host_slots, deadline)
+
+        def verify(indices: Indices) -> list[bool]:
+            found = planes.codec.verify(planes.arena.rows, host_slots[indices], selection.namespace)
+            ok = found.valid & (found.keys[:, 0] == keys[indices]).all(axis=1)
+            num_good = int(ok.sum())
+            self._count(hit_blocks=num_good, corrupt_chunks=len(indices) - num_good)
+            good: list[bool] = ok.tolist()
+            return good
+
+        def failed(error: BaseException, indices: Indices) -> None:
+            self._count(failed_chunks=len(indices))
+            logger.warning("%d blocks did not come from peer %s: %s", len(indices), self.name, error)
+
+        operation = ReadOperation(list(range(len(host_slots))), run)
+        return PooledReadJob(self._pool, [operation], verify, failed, deadline)
+
+    def insert(self, keys: Sequence[BlockKey], seal: Callable[[list[int]], Slots], deadline: float) -> bool:
+        """Put a prefix into the peer's buffer; False where it has no room, or does not answer.
+
+        Args:
+            seal: given which of the keys are wanted, has their slots ready to be sent.
+        """
+        try:
+            namespace, left_s = self._planes.current()[1], max(0.0, deadline - time.monotonic())
+            reserved = self._asked(Reserve(namespace, b"".join(keys), left_s), left_s + _JOIN_S, Reserved)
+            if not reserved.ticket or any(i >= len(keys) for i in reserved.wanted):
+                return False
+            slots = seal(reserved.wanted)
+            self._pool.submit(lambda: self._send(reserved.ticket, slots, deadline), deadline).result(
+                max(0.0, deadline - time.monotonic())
+            )
+        except Exception as e:
+            logger.warning("%d blocks were not inserted at peer %s: %s", len(keys), self.name, e)
+            return False
+        return True
+
+    def stats(self) -> TierStats:
+        with self._lock:
+            self._stats.state = "on" if self._health.on else "off"
+            self._stats.problem = "" if self._health.on else str(self._health.last_error)
+            return self._stats
+
+    def close(self) -> None:
+        """Wake up what waits for the peer, and join the threads."""
+        if self._pipe is not None:
+            self._pipe.close()
+        self._pool.close(_CLOSE_S)
+        self._asker.shutdown(wait=True, cancel_futures=True)
+
+    # -- in the pool's thread
+
+    def _fetch(self, selection: RemoteSelection, first: int, host_slots: Slots, deadline: float) -> None:
+        start, pipe = time.monotonic(), self._joined(deadline)
+        self._asked(Fetch(selection.number, first, len(host_slots), self._pipe_number), deadline - start, Done)
+        self._over(pipe, lambda: [*pipe.recv_slots(host_slots, max(0.0, deadline - time.monotonic()))])
+        nbytes = len(host_slots) * self._planes.fmt.slot_nbytes
+        self._count(read_nbytes=nbytes, read_s=time.monotonic() - start)
+        selection.left -= len(host_slots)
+        if selection.left <= 0:
+            self._asked(Release(selection.number), max(0.0, deadline - time.monotonic()), Done)
+
+    def _send(self, ticket: int, slots: Slots, deadline: float) -> None:
+        pipe = self._joined(deadline)
+        left_s = max(0.0, deadline - time.monotonic())
+        answer = self._asker.submit(self._asked, Insert(ticket, self._pipe_number), left_s, Done)
+        answer.add_done_callback(lambda done: pipe.close() if done.exception() is not None else None)
+        self._over(pipe, lambda: pipe.send_slots(slots, left_s))
+        answer.result(max(0.0, deadline - time.monotonic()))
+        self._count(written_nbytes=len(slots) * self._planes.fmt.slot_nbytes)
+
+    def _over(self, pipe: Pipe, transfer: Callable[[], object]) -> None:
+        try:
+            transfer()
+        except BaseException:
+            pipe.close()
+            self._pipe = None
+            raise
+
+    def _joined(self, deadline: float) -> Pipe:
+        """The pipe, made with the first request, and anew after one that failed."""
+        if self._pipe is not None:
+            return self._pipe
+        end, timeout_s = self._make_end(), max(0.0, min(_JOIN_S, deadline - time.monotonic()))
+        try:
+            join = Join(VERSION, identity_fields(self._planes.identity), self._transport, end.hello())
+            joined = self._asked(join, timeout_s, Joined)
+            self._pipe, self._pipe_number = end.join(joined.hello, timeout_s), joined.pipe
+        except BaseException:
+            end.close()
+            raise
+        return self._pipe
+
+    def _asked(self, request: Request, timeout_s: float, kind: type[T]) -> T:
+        answer = self._ask(request, timeout_s)
+        if isinstance(answer, Refused):
+            raise PeerError(f"peer {self.name} refuses: {answer.reason}")
+        if not isinstance(answer, kind):
+            raise PeerError(f"peer {self.name} answers {type(request).__name__} with {type(answer).__name__}")
+        return answer
+
+    def _count(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self._stats, name, getattr(self._stats, name) + amount)
