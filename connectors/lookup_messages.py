@@ -105,14 +105,8 @@ class Done(Answer, frozen=True):
     pass
 
 
-class Refused(Answer, frozen=True):
-    """Not done, and why; for a person."""
-
-    reason: Text
-
-
 REQUESTS: Final = Join | Select | Fetch | Release | Reserve | Insert
-ANSWERS: Final = Joined | Selected | Reserved | Done | Refused
+ANSWERS: Final = Joined | Selected | Reserved | Done
 
 
 def identity_fields(identity: KVIdentity) -> dict[str, str | int]:

@@ -22,6 +22,7 @@ from typing import Final
 
 import numpy as np
 
+from connectors.control import ControlRefusedError, Peer
 from connectors.lookup_messages import (
     VERSION,
     Answer,
@@ -30,7 +31,6 @@ from connectors.lookup_messages import (
     Insert,
     Join,
     Joined,
-    Refused,
     Release,
     Request,
     Reserve,
@@ -42,6 +42,7 @@ from connectors.lookup_messages import (
     keys_of,
 )
 from connectors.pipe import Pipe, PipeEnd
+from kvstore.errors import KVStoreError
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.lookup_buffer import Item, LocalLookupBuffer, Selection
 from kvstore.planes import Planes
@@ -62,7 +63,7 @@ _SEALED_AT_ONCE_NBYTES: Final = 4 << 20
 class _Held:
     """What a peer has open here."""
 
-    peer: bytes
+    peer: str
 
 
 @dataclass(slots=True, eq=False)
@@ -113,37 +114,35 @@ class LookupService:
         self._waiters = ThreadPoolExecutor(4, thread_name_prefix="kvstore-hand-over-room")
         self._closed = False
 
-    def handle(self, peer: bytes, request: Request) -> Answer | Future[Answer]:
-        """Answer a request of an authenticated peer; never waits, never raises."""
-        try:
-            self._forget_expired()
-            match request:
-                case Select():
-                    return self._select(peer, request)
-                case Fetch():
-                    return self._fetch(peer, request)
-                case Release():
-                    self._release(peer, request.selection)
-                    return Done()
-                case Join():
-                    return self._join(peer, request)
-                case Reserve():
-                    return self._waiters.submit(self._reserve, peer, request)
-                case Insert():
-                    return self._insert(peer, request)
-            return Refused("not known")
-        except _RefusedError as e:
-            return Refused(str(e))
-        except Exception:
-            logger.exception("a peer's %s failed", type(request).__name__)
-            return Refused("failed")
+    def handle(self, peer: Peer, request: Request) -> Answer | Future[Answer]:
+        """Answer a peer that was let in; see `connectors.control.ControlServer`. Never waits.
+
+        Raises:
+            ControlRefusedError: what it asks for is not done.
+        """
+        self._forget_expired()
+        match request:
+            case Select():
+                return self._select(peer.id, request)
+            case Fetch():
+                return self._fetch(peer.id, request)
+            case Release():
+                self._release(peer.id, request.selection)
+                return Done()
+            case Join():
+                return self._join(peer.id, request)
+            case Reserve():
+                return self._waiters.submit(self._reserve, peer.id, request)
+            case Insert():
+                return self._insert(peer.id, request)
+        raise ControlRefusedError("not known")
 
     def usage(self) -> tuple[int, int, int]:
         """(selections, tickets, pipes) that peers hold."""
         with self._lock:
             return len(self._taken), len(self._tickets), len(self._lanes)
 
-    def drop_peer(self, peer: bytes) -> None:
+    def drop_peer(self, peer: str) -> None:
         """A peer is gone: give back what it holds."""
         for number in self._of(self._taken, peer):
             self._release(peer, number)
@@ -164,12 +163,12 @@ class LookupService:
 
     # -- take
 
-    def _select(self, peer: bytes, request: Select) -> Selected:
+    def _select(self, peer: str, request: Select) -> Selected:
         keys = _keys(request.keys)
         if request.namespace != self._planes.current()[1] or not keys:
             return Selected(0, 0)
         if len(self._taken) >= _MOST_OPEN:
-            raise _RefusedError(f"{_MOST_OPEN} selections are open; release some")
+            raise ControlRefusedError(f"{_MOST_OPEN} selections are open; release some")
         selection = self._buffer.select(keys, time.monotonic() + min(request.timeout_s, self._transfer_s))
         if not len(selection):
             self._buffer.release(selection)
@@ -189,13 +188,13 @@ class LookupService:
         generations = np.full(len(slots), time.time_ns(), dtype=np.uint64)
         planes.codec.seal(planes.arena.rows, slots, keys, namespace, generations)
 
-    def _fetch(self, peer: bytes, request: Fetch) -> Answer:
+    def _fetch(self, peer: str, request: Fetch) -> Answer:
         taken, lane = self._taken.get(request.selection), self._lanes.get(request.pipe)
         end = request.first + request.num_blocks
         if taken is None or taken.peer != peer or end > len(taken.selection):
-            raise _RefusedError("no such blocks are selected")
+            raise ControlRefusedError("no such blocks are selected")
         if lane is None or lane.peer != peer:
-            raise _RefusedError("no such pipe")
+            raise ControlRefusedError("no such pipe")
         lane.pool.submit(self._send, lane, taken, request.first, end)
         return Done()
 
@@ -214,7 +213,7 @@ class LookupService:
             if pipe is not None:
                 pipe.close()
 
-    def _release(self, peer: bytes, number: int) -> None:
+    def _release(self, peer: str, number: int) -> None:
         with self._lock:
             taken = self._taken.get(number)
             if taken is None or taken.peer != peer:
@@ -227,15 +226,15 @@ class LookupService:
 
     # -- insert
 
-    def _reserve(self, peer: bytes, request: Reserve) -> Answer:
+    def _reserve(self, peer: str, request: Reserve) -> Answer:
         """In a thread that may wait for room."""
+        keys, timeout_s = _keys(request.keys), min(request.timeout_s, self._transfer_s)
+        if request.namespace != self._planes.current()[1]:
+            raise ControlRefusedError("another epoch")
         try:
-            keys = _keys(request.keys)
-            if request.namespace != self._planes.current()[1]:
-                return Refused("another epoch")
-            found = self._buffer.reserve(keys, time.monotonic() + min(request.timeout_s, self._transfer_s))
-        except Exception as e:
-            return Refused(f"{type(e).__name__}: {e}")
+            found = self._buffer.reserve(keys, time.monotonic() + timeout_s)
+        except KVStoreError as e:  # it would never fit
+            raise ControlRefusedError(str(e)) from e
         if found is None:
             return Reserved(0, [])
         item, wanted, slots = found
@@ -246,12 +245,12 @@ class LookupService:
             self._tickets[number] = ticket
         return Reserved(number, wanted)
 
-    def _insert(self, peer: bytes, request: Insert) -> Future[Answer]:
+    def _insert(self, peer: str, request: Insert) -> Future[Answer]:
         lane = self._lanes.get(request.pipe)
         with self._lock:
             ticket = self._tickets.get(request.ticket)
             if ticket is None or ticket.peer != peer or lane is None or lane.peer != peer:
-                raise _RefusedError("no such ticket, or no such pipe")
+                raise ControlRefusedError("no such ticket, or no such pipe")
             del self._tickets[request.ticket]
         return lane.pool.submit(self._receive, lane, ticket)
 
@@ -268,22 +267,22 @@ class LookupService:
             logger.warning("%d blocks of a peer did not come: %s", len(ticket.keys), e)
         if not good:
             self._buffer.give_back(ticket.item, ticket.slots)
-            return Refused("not inserted")
+            raise ControlRefusedError("what came is not what was to be inserted")
         self._buffer.publish(ticket.keys, ticket.slots, ticket.current)
         return Done()
 
     # -- pipes
 
-    def _join(self, peer: bytes, request: Join) -> Joined:
+    def _join(self, peer: str, request: Join) -> Joined:
         if request.version != VERSION:
-            raise _RefusedError(f"version {VERSION} here, {request.version} there")
+            raise ControlRefusedError(f"version {VERSION} here, {request.version} there")
         if differs := differences(self._fields, request.identity):
-            raise _RefusedError(f"KV of another identity: {'; '.join(differs)}")
+            raise ControlRefusedError(f"KV of another identity: {'; '.join(differs)}")
         make_end = self._make_ends.get(request.transport)
         if make_end is None:
-            raise _RefusedError(f"transport {request.transport!r}; allowed: {', '.join(self._make_ends)}")
+            raise ControlRefusedError(f"transport {request.transport!r}; allowed: {', '.join(self._make_ends)}")
         if len(self._lanes) >= _MOST_PIPES:
-            raise _RefusedError(f"{_MOST_PIPES} pipes are open")
+            raise ControlRefusedError(f"{_MOST_PIPES} pipes are open")
         end, number = make_end(True), next(self._numbers)
         lane = _Lane(peer, ThreadPoolExecutor(1, thread_name_prefix=f"kvstore-pipe-{number}"))
         with self._lock:
@@ -330,17 +329,13 @@ class LookupService:
         for number in tickets:
             self._end_ticket(number)
 
-    def _of(self, held: Mapping[int, _Held], peer: bytes) -> list[int]:
+    def _of(self, held: Mapping[int, _Held], peer: str) -> list[int]:
         with self._lock:
             return [number for number, one in held.items() if one.peer == peer]
-
-
-class _RefusedError(Exception):
-    """What was asked for is not done; the message is for the peer."""
 
 
 def _keys(data: bytes) -> list[BlockKey]:
     try:
         return keys_of(data)
     except ValueError as e:
-        raise _RefusedError(str(e)) from e
+        raise ControlRefusedError(str(e)) from e

@@ -32,9 +32,11 @@ from connectors.prefix_lookups import PrefixLookups
 from kvstore.arena import HostArena
 from kvstore.config import StoreConfig
 from kvstore.events import TierEvent
+from kvstore.io_service import IoService
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.manager import LoadLease
 from kvstore.planes import Planes
+from kvstore.slot import KeyArray, Slots
 from kvstore.tiers.base import TierStats
 
 logger = logging.getLogger(__name__)
@@ -61,13 +63,20 @@ class OffloadingScheduler(SchedulerHalf):
         config: host memory is that of one engine, for all its workers.
         num_workers: reports that make a job count.
         windows: by KV cache group, how many last blocks of a prefix are read; None: all of it.
+        io: what lies below host memory, where it is not the tiers of ``config``.
     Raises:
         ConfigError: as `kvstore.TieredStore`.
     """
 
-    def __init__(self, config: StoreConfig, num_workers: int, windows: Sequence[int | None] = (None,)) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        num_workers: int,
+        windows: Sequence[int | None] = (None,),
+        io: IoService | None = None,
+    ) -> None:
         self.config, self._num_workers, self._windows = config, num_workers, list(windows)
-        self._planes = Planes(config, shared_arena=True)
+        self._planes = Planes(config, shared_arena=True, io=io)
         self._manager, self._per_chunk = self._planes.manager, config.blocks_per_chunk
         self._arena = ArenaHandle.of(self._planes.arena)
         self._lookups = PrefixLookups(self._planes, config.load_timeout_s)
@@ -220,6 +229,10 @@ class OffloadingScheduler(SchedulerHalf):
         self._jobs[self._num_jobs] = _OpenJob(self._num_workers, done)
         return self._num_jobs
 
+    def _publish(self, slots: Slots, keys: KeyArray, current: tuple[int, bytes]) -> None:
+        """The workers have filled these."""
+        self._planes.publish(slots, keys, current)
+
     def _break_promise(self, request_id: str) -> None:
         promise = self._promises.pop(request_id, None)
         if promise is not None:
@@ -278,7 +291,7 @@ class OffloadingScheduler(SchedulerHalf):
             return
         at = (chosen[:, None] * per_chunk + np.arange(per_chunk)).reshape(-1)
         chunk_keys = keys_to_array([keys[i] for i in at.tolist()]).reshape(len(chosen), per_chunk, -1)
-        number = self._open(lambda: self._planes.publish(slots, chunk_keys, current))
+        number = self._open(lambda: self._publish(slots, chunk_keys, current))
         positions = np.tile(np.arange(per_chunk), len(chosen)).tolist()
         ids = [block for i in at.tolist() if (block := blocks[i]) is not None]
         self._stores.append(CopyJob(number, np.repeat(slots, per_chunk).tolist(), positions, ids, group))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from connectors.peer import Peer, RemoteSelection
+from connectors.remote_peer import RemotePeer, RemoteSelection
 from kvstore.copier import Copier
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import TierEvent
@@ -31,7 +31,7 @@ class PeerIo(IoService):
         timeout_s: how long a peer is waited for, and holds what it has found.
     """
 
-    def __init__(self, peer_of: Callable[[Sequence[BlockKey]], Peer | None], timeout_s: float) -> None:
+    def __init__(self, peer_of: Callable[[Sequence[BlockKey]], RemotePeer | None], timeout_s: float) -> None:
         self._peer_of, self._timeout_s = peer_of, timeout_s
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> Located:
@@ -47,7 +47,7 @@ class PeerIo(IoService):
     def read(self, located: Located, host_slots: Slots, deadline: float) -> ReadJob:
         if not len(located):
             return NothingRead(0)
-        peer: Peer
+        peer: RemotePeer
         selection: RemoteSelection
         peer, selection = located.source
         return peer.read(selection, int(located.chunks.places[0]), host_slots, deadline)
@@ -79,7 +79,7 @@ class RemoteLookupBuffer(LookupBuffer):
     planes: of one block a chunk and without lower tiers; blocks pass through its memory. The buffer's own.
     """
 
-    def __init__(self, peer: Peer, planes: Planes) -> None:
+    def __init__(self, peer: RemotePeer, planes: Planes) -> None:
         self._peer, self._planes, self._closed = peer, planes, False
         self._copier = Copier(planes.identity.layout, 1, planes.arena.rows)
 

@@ -110,9 +110,11 @@ class Selection:
 
 class LocalLookupBuffer(LookupBuffer):
     """Args:
-    planes: of one block a chunk and without lower tiers; the buffer's own from now on.
+    planes: of one block a chunk. Others may use them too: what is in the buffer is pinned.
     lease_s: how long what nobody takes stays.
     """
+
+    _owns_planes = False
 
     def __init__(self, planes: Planes, *, lease_s: float) -> None:
         if planes.fmt.blocks_per_chunk != 1:
@@ -133,7 +135,10 @@ class LocalLookupBuffer(LookupBuffer):
     @classmethod
     def open(cls, identity: KVIdentity, *, num_blocks: int, lease_s: float = 60.0) -> Self:
         """A buffer with memory of its own."""
-        return cls(Planes(StoreConfig(identity=identity, host=HostTierConfig(num_blocks=num_blocks))), lease_s=lease_s)
+        planes = Planes(StoreConfig(identity=identity, host=HostTierConfig(num_blocks=num_blocks)))
+        buffer = cls(planes, lease_s=lease_s)
+        buffer._owns_planes = True
+        return buffer
 
     # -- tensors
 
@@ -197,9 +202,11 @@ class LocalLookupBuffer(LookupBuffer):
             self._inserting.release()
 
     def publish(self, keys: Sequence[BlockKey], slots: Slots, current: tuple[int, bytes]) -> None:
-        """Filled slots, one for each key, can be selected; ``current``: see `Planes.publish`."""
-        self._planes.publish(slots, keys_to_array(keys)[:, None, :], current)
-        self.published(keys)
+        """Filled slots, one for each key, can be selected by who claims them; ``current``: see `Planes.publish`."""
+        ready = self._planes.publish(slots, keys_to_array(keys)[:, None, :], current, pins=1)
+        with self._lock:
+            self._pin([key for key in keys if key in self._claims])  # whoever has a claim finds them
+        self._manager.unpin(ready)  # before that nobody else may evict them
 
     def give_back(self, item: Item, slots: Slots) -> None:
         """What was reserved will not be filled."""
@@ -215,11 +222,6 @@ class LocalLookupBuffer(LookupBuffer):
                 self._claims.setdefault(key, deque()).append(item)
             self._pin(keys)
         return item
-
-    def published(self, keys: Sequence[BlockKey]) -> None:
-        """These are there now: whoever has a claim on them finds them pinned."""
-        with self._lock:
-            self._pin([key for key in keys if key in self._claims])
 
     def cancel(self, item: Item) -> None:
         """Give up what is left of a claim."""
@@ -268,7 +270,8 @@ class LocalLookupBuffer(LookupBuffer):
             return
         self._stop.set()
         self._reaper.join(_JOIN_S)
-        self._planes.close()
+        if self._owns_planes:
+            self._planes.close()
 
     # -- inside
 

@@ -30,6 +30,7 @@ class Planes:
 
     Args:
         shared_arena: other processes map the arena too (a memfd).
+        io: what lies below, where it is not what the configuration says; owned from now on.
 
     Attributes:
         io: None where there is no lower tier.
@@ -37,7 +38,7 @@ class Planes:
 
     io: IoService | None
 
-    def __init__(self, config: StoreConfig, *, shared_arena: bool = False) -> None:
+    def __init__(self, config: StoreConfig, *, shared_arena: bool = False, io: IoService | None = None) -> None:
         """Raises ConfigError: a setting is wrong, a directory holds another identity, or the
         host memory cannot be had. Nothing is left open."""
         self.identity = config.identity
@@ -55,9 +56,9 @@ class Planes:
         self._lower_epoch = self.manager.epoch  # the epoch that the lower tiers look up in
         self._lock = threading.Lock()
         self._resetting = threading.Lock()
-        self.io = None
+        self.io = io
         try:
-            if config.disk is not None or config.shared is not None:
+            if io is None and (config.disk is not None or config.shared is not None):
                 start_io = ProcessIo if config.io == "process" else ThreadIo
                 self.io = start_io(config, self.arena, codec, self._namespace)
         except BaseException:
@@ -74,19 +75,30 @@ class Planes:
             return self.manager.epoch, self._namespace
 
     def publish(
-        self, slots: Slots, keys: KeyArray, filled_in: tuple[int, bytes], *, absent_as_of: int | None = None
-    ) -> None:
+        self,
+        slots: Slots,
+        keys: KeyArray,
+        filled_in: tuple[int, bytes],
+        *,
+        absent_as_of: int | None = None,
+        pins: int = 0,
+    ) -> Slots:
         """Make filled slots ready, prefix first, and write them behind to the lower tiers.
 
         Args:
             filled_in: `current` when the slots were reserved; in another epoch they are freed.
             absent_as_of: see `TierManager.publish`.
+            pins: how often the caller wants each one pinned.
+        Returns:
+            Those that are ready; the others' chunks were there already, or their epoch has passed.
         """
         epoch, namespace = filled_in
-        pins = 0 if self.io is None else 1
+        pins += 0 if self.io is None else 1
         kept = self.manager.publish(slots, keys, epoch, pins=pins, absent_as_of=absent_as_of)
         if self.io is not None and kept.any():
             self.io.store(slots[kept], keys[kept], namespace, self.manager.unpin)
+        ready: Slots = slots[kept]
+        return ready
 
     def below(self) -> IoService | None:
         """The lower tiers, where there are any that look up in the epoch in effect."""

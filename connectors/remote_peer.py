@@ -25,7 +25,6 @@ from connectors.lookup_messages import (
     Insert,
     Join,
     Joined,
-    Refused,
     Release,
     Request,
     Reserve,
@@ -67,7 +66,7 @@ class RemoteSelection:
     left: int  # to be read
 
 
-class Peer:
+class RemotePeer:
     """Thread-safe.
 
     Args:
@@ -203,8 +202,6 @@ class Peer:
 
     def _asked(self, request: Request, timeout_s: float, kind: type[T]) -> T:
         answer = self._ask(request, timeout_s)
-        if isinstance(answer, Refused):
-            raise PeerError(f"peer {self.name} refuses: {answer.reason}")
         if not isinstance(answer, kind):
             raise PeerError(f"peer {self.name} answers {type(request).__name__} with {type(answer).__name__}")
         return answer
