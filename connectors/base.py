@@ -47,6 +47,21 @@ class SchedulerHalf(ABC):
             expected: leading blocks that another engine is about to have written.
         """
 
+    def expect(self, request_id: str, keys: Keys, params: Mapping[str, Any] | None) -> int:
+        """A new request brings what another engine has handed over with it.
+
+        Args:
+            keys: that the request may load, from its first block on.
+            params: not trusted; whatever routes requests has passed it on.
+        Returns:
+            Leading blocks that are there, or on their way: ``expected`` of `lookup`.
+        """
+        return 0
+
+    def hand_over(self, keys: Keys) -> dict[str, Any] | None:
+        """What another engine is to be told of a prompt that this one has stored; JSON."""
+        return None
+
     @abstractmethod
     def load(self, request_id: str, blocks: Blocks) -> None:
         """Have the leading blocks of what was promised loaded into these.

@@ -79,6 +79,12 @@ class Release(Request, frozen=True):
     selection: Number
 
 
+class Forget(Request, frozen=True):
+    """Nothing more of a hand-over is wanted."""
+
+    hand_over: Number
+
+
 class Reserve(Request, frozen=True):
     """Make room for a prefix that is to be inserted; answered when there is, or when there will be none."""
 
@@ -105,7 +111,7 @@ class Done(Answer, frozen=True):
     pass
 
 
-REQUESTS: Final = Join | Select | Fetch | Release | Reserve | Insert
+REQUESTS: Final = Join | Select | Fetch | Release | Forget | Reserve | Insert
 ANSWERS: Final = Joined | Selected | Reserved | Done
 
 

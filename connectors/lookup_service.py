@@ -28,6 +28,7 @@ from connectors.lookup_messages import (
     Answer,
     Done,
     Fetch,
+    Forget,
     Insert,
     Join,
     Joined,
@@ -128,6 +129,9 @@ class LookupService:
                 return self._fetch(peer.id, request)
             case Release():
                 self._release(peer.id, request.selection)
+                return Done()
+            case Forget():
+                self._buffer.forget(request.hand_over)
                 return Done()
             case Join():
                 return self._join(peer.id, request)

@@ -44,11 +44,23 @@ class MultiScheduler(SchedulerHalf):
         self.children, self._per_chunk = list(children), blocks_per_chunk
         self._promised: dict[str, tuple[int, Sequence[BlockKey]]] = {}  # the child, and what it was asked for
         self._loader: dict[str, int] = {}  # the child that last loaded for a request
+        self._expected: dict[str, dict[int, int]] = {}  # blocks that each child was told of
         self._loaded: dict[str, set[BlockKey]] = {}  # by request, until it is forgotten; of the first group
         self._holders: Counter[BlockKey] = Counter()  # requests that have loaded a block
 
     def begin(self, request_id: str, keys: Keys) -> None:
-        self._each(lambda child: child.begin(request_id, keys))
+        self._each(lambda _, child: child.begin(request_id, keys))
+
+    def expect(self, request_id: str, keys: Keys, params: Mapping[str, Any] | None) -> int:
+        self._expected[request_id] = self._each(lambda _, child: child.expect(request_id, keys, params))
+        return max(self._expected[request_id].values(), default=0)
+
+    def hand_over(self, keys: Keys) -> dict[str, Any] | None:
+        """All that the children have to say; each has a field of its own."""
+        told: dict[str, Any] = {}
+        for answer in self._each(lambda _, child: child.hand_over(keys)).values():
+            told |= answer or {}
+        return told or None
 
     def lookup(self, request_id: str, keys: Keys, *, expected: int = 0) -> int | None:
         """None while a child that wants to be asked again may have more; each keeps its own deadline.
@@ -56,7 +68,9 @@ class MultiScheduler(SchedulerHalf):
         The other children's promises end with the step.
         """
         self._promised.pop(request_id, None)
-        answers = self._each(lambda child: child.lookup(request_id, keys, expected=expected))
+        answers = self._each(
+            lambda i, child: child.lookup(request_id, keys, expected=self._expected_of(i, request_id, expected))
+        )
         known = {i: n for i, n in answers.items() if n is not None}
         best = max(known, key=lambda i: known[i], default=None)  # the first of the longest
         longest = 0 if best is None else known[best]
@@ -86,7 +100,7 @@ class MultiScheduler(SchedulerHalf):
         is_new = self._are_new(keys[0])
         if any(is_new):
             mine = [[block if new else None for block, new in zip(ids, is_new, strict=True)] for ids in blocks]
-            self._each(lambda child: child.store(keys, mine))
+            self._each(lambda _, child: child.store(keys, mine))
 
     def end_step(self, *, wait_s: float = 0.0) -> list[Any]:
         """By child. They wait one after the other, ``wait_s`` in all."""
@@ -105,11 +119,12 @@ class MultiScheduler(SchedulerHalf):
     def forget(self, request_id: str) -> None:
         self._promised.pop(request_id, None)
         self._loader.pop(request_id, None)
+        self._expected.pop(request_id, None)
         for key in self._loaded.pop(request_id, ()):
             self._holders[key] -= 1
             if not self._holders[key]:
                 del self._holders[key]
-        self._each(lambda child: child.forget(request_id))
+        self._each(lambda _, child: child.forget(request_id))
 
     def reset(self) -> None:
         """All of them; then what the first that could not has raised."""
@@ -125,12 +140,12 @@ class MultiScheduler(SchedulerHalf):
             raise errors[0]
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        stats = self._each(lambda child: child.stats())
+        stats = self._each(lambda _, child: child.stats())
         named = {_name(tier, i): fields for i, tiers in stats.items() for tier, fields in tiers.items()}
         return {name: {**fields, "name": name} for name, fields in named.items()}
 
     def take_events(self) -> list[TierEvent]:
-        events = self._each(lambda child: child.take_events())
+        events = self._each(lambda _, child: child.take_events())
         return [replace(event, tier=_name(event.tier, i)) for i, mine in events.items() for event in mine]
 
     def sources(self, request_id: str, num_blocks: int) -> dict[str, int]:
@@ -140,7 +155,7 @@ class MultiScheduler(SchedulerHalf):
 
     def close(self) -> None:
         """All of them, also where one raises."""
-        self._each(lambda child: child.close())
+        self._each(lambda _, child: child.close())
 
     def _are_new(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Of each block, whether any of its chunk has not been loaded."""
@@ -148,12 +163,19 @@ class MultiScheduler(SchedulerHalf):
         chunks = [keys[i : i + n] for i in range(0, len(keys), n)]
         return [new for chunk in chunks for new in [any(key not in self._holders for key in chunk)] * len(chunk)]
 
-    def _each(self, call: Callable[[SchedulerHalf], T]) -> dict[int, T]:
+    def _expected_of(self, child: int, request_id: str, expected: int) -> int:
+        """Each waits for what was handed over to it; keys may begin behind the request's first block."""
+        told = self._expected.get(request_id)
+        if told is None:
+            return expected
+        return told.get(child, 0) - (max(told.values(), default=0) - expected)
+
+    def _each(self, call: Callable[[int, SchedulerHalf], T]) -> dict[int, T]:
         """What each child answers, in order; those that raise are left out."""
         answers: dict[int, T] = {}
         for i, child in enumerate(self.children):
             try:
-                answers[i] = call(child)
+                answers[i] = call(i, child)
             except Exception:
                 logger.exception("connector %d (%s) failed, and is left out", i, type(child).__name__)
         return answers

@@ -9,7 +9,9 @@ A peer that does not answer, or whose bytes do not verify, is a miss.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from connectors.lookup_messages import (
     Answer,
     Done,
     Fetch,
+    Forget,
     Insert,
     Join,
     Joined,
@@ -144,6 +147,16 @@ class RemotePeer:
             return False
         return True
 
+    def forget(self, hand_over: int) -> None:
+        """Nothing more of it is wanted; does not wait."""
+        with contextlib.suppress(queue.Full, KVStoreError):
+            self._pool.start(lambda: self._told(Forget(hand_over)), lambda _: None, time.monotonic())
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it answered, when it was last asked."""
+        return self._health.on
+
     def stats(self) -> TierStats:
         with self._lock:
             self._stats.state = "on" if self._health.on else "off"
@@ -167,7 +180,7 @@ class RemotePeer:
         self._count(read_nbytes=nbytes, read_s=time.monotonic() - start)
         selection.left -= len(host_slots)
         if selection.left <= 0:
-            self._asked(Release(selection.number), max(0.0, deadline - time.monotonic()), Done)
+            self._told(Release(selection.number))
 
     def _send(self, ticket: int, slots: Slots, deadline: float) -> None:
         pipe = self._joined(deadline)
@@ -177,6 +190,10 @@ class RemotePeer:
         self._over(pipe, lambda: pipe.send_slots(slots, left_s))
         answer.result(max(0.0, deadline - time.monotonic()))
         self._count(written_nbytes=len(slots) * self._planes.fmt.slot_nbytes)
+
+    def _told(self, request: Request) -> None:
+        with contextlib.suppress(KVStoreError):  # its lease does it
+            self._asked(request, _JOIN_S, Done)
 
     def _over(self, pipe: Pipe, transfer: Callable[[], object]) -> None:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from connectors.base import Keys
 from connectors.offloading import OffloadingScheduler
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
@@ -30,12 +31,11 @@ class SharedStorageScheduler(OffloadingScheduler):
             raise ConfigError("shared: not set; a connector for shared storage needs a path")
         super().__init__(config, num_workers, windows)
 
-    def hand_over(self, num_blocks: int) -> dict[str, Any]:
-        """What another engine is told of a prompt's leading blocks that are stored here; JSON."""
-        return {_FIELD: {"namespace": self._planes.current()[1].hex(), "num_blocks": num_blocks}}
+    def hand_over(self, keys: Keys) -> dict[str, Any] | None:
+        return {_FIELD: {"namespace": self._planes.current()[1].hex(), "num_blocks": len(keys[0])}}
 
-    def expected_blocks(self, params: Mapping[str, Any] | None) -> int:
-        """For `lookup`: how many blocks a hand-over says; 0 for other KV than ours, and for what is none."""
+    def expect(self, request_id: str, keys: Keys, params: Mapping[str, Any] | None) -> int:
+        """How many blocks a hand-over says; 0 for other KV than ours, and for what is none."""
         told = (params or {}).get(_FIELD)
         if not isinstance(told, Mapping) or told.get("namespace") != self._planes.current()[1].hex():
             return 0

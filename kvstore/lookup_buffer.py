@@ -14,6 +14,7 @@ each wait by a deadline.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -85,8 +86,13 @@ class LookupBuffer(ABC):
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """A claim on each key of a prefix, until they are taken or the lease runs out."""
+    """A claim on each key of a prefix, until they are taken or the lease runs out.
 
+    Attributes:
+        number: random, so that who was told of one cannot name another.
+    """
+
+    number: int
     keys: list[BlockKey]
     expires: float
     left: set[BlockKey] = field(default_factory=set)  # keys whose claim was not taken
@@ -124,7 +130,7 @@ class LocalLookupBuffer(LookupBuffer):
         self._planes, self._manager, self._lease_s = planes, planes.manager, lease_s
         self._lock = threading.Lock()
         self._inserting = threading.Lock()  # one at a time, so that two cannot each have half the room
-        self._items: set[Item] = set()
+        self._items: dict[int, Item] = {}
         self._claims: dict[BlockKey, deque[Item]] = {}  # oldest first
         self._pinned: dict[BlockKey, int] = {}  # slots of claimed keys that are there
         self._selections: set[Selection] = set()
@@ -215,9 +221,9 @@ class LocalLookupBuffer(LookupBuffer):
 
     def hold(self, keys: Sequence[BlockKey]) -> Item:
         """Claim keys, of which some may be published later; until then they have room that is not theirs yet."""
-        item = Item(list(keys), time.monotonic() + self._lease_s, set(keys))
+        item = Item(secrets.randbits(63), list(keys), time.monotonic() + self._lease_s, set(keys))
         with self._lock:
-            self._items.add(item)
+            self._items[item.number] = item
             for key in item.left:
                 self._claims.setdefault(key, deque()).append(item)
             self._pin(keys)
@@ -227,6 +233,13 @@ class LocalLookupBuffer(LookupBuffer):
         """Give up what is left of a claim."""
         with self._lock:
             self._end(item)
+
+    def forget(self, number: int) -> None:
+        """As `cancel`, of the item with this number; there may be none."""
+        with self._lock:
+            item = self._items.get(number)
+            if item is not None:
+                self._end(item)
 
     def select(self, keys: Sequence[BlockKey], expires: float) -> Selection:
         """Take the leading keys that are there and claimed; atomic.
@@ -262,7 +275,7 @@ class LocalLookupBuffer(LookupBuffer):
         """Nothing that was inserted, or is on its way, is ever found again; see `Planes.reset`."""
         self._planes.reset()
         with self._lock:
-            for item in list(self._items):
+            for item in list(self._items.values()):
                 self._end(item)
 
     def close(self) -> None:
@@ -308,7 +321,7 @@ class LocalLookupBuffer(LookupBuffer):
         claims.remove(item)
         item.left.discard(key)
         if not item.left:
-            self._items.discard(item)
+            self._items.pop(item.number, None)
         if claims:
             return
         del self._claims[key]
@@ -320,14 +333,14 @@ class LocalLookupBuffer(LookupBuffer):
     def _end(self, item: Item) -> None:
         for key in list(item.left):
             self._take(key, item)
-        self._items.discard(item)
+        self._items.pop(item.number, None)
 
     def _reap(self) -> None:
         """Runs in a thread: end what has run out."""
         while not self._stop.wait(min(1.0, self._lease_s / 4)):
             now = time.monotonic()
             with self._lock:
-                for item in [item for item in self._items if item.expires <= now]:
+                for item in [item for item in self._items.values() if item.expires <= now]:
                     logger.info("nobody took %d of %d blocks in time", len(item.left), len(item.keys))
                     self._end(item)
             for selection in [selection for selection in self._selections.copy() if selection.expires <= now]:

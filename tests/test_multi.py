@@ -124,6 +124,22 @@ def test_it_waits_for_none_that_cannot_have_more(
         engine.load("r", [20])
 
 
+def test_only_who_was_told_waits_for_what_is_handed_over(engine: PagedEngine, children: Children) -> None:
+    """The engine has the first block itself, and so asks for those behind it."""
+    keys = make_keys(6)
+    told = children[1].hand_over([keys])
+    assert engine.scheduler.hand_over([keys]) == told
+    assert engine.scheduler.expect("r", [keys], told) == 6
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for child in children:
+            patch.setattr(child, "lookup", lambda request_id, keys, *, expected: asked.append(expected))
+        engine.scheduler.lookup("r", [keys[1:]], expected=5)
+        engine.scheduler.forget("r")
+        engine.scheduler.lookup("r", [keys[1:]], expected=3)
+    assert asked == [-1, 5, 3, 3]
+
+
 def test_an_abort_leaves_nothing_at_any_child(engine: PagedEngine, children: Children) -> None:
     keys = make_keys(4)
     engine.store(keys, range(4))

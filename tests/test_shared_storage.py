@@ -62,7 +62,7 @@ def ask(half: SharedStorageScheduler, request: str, expected: int) -> int | None
 
 
 def test_what_is_expected_is_waited_for(producer: SharedStorageScheduler, consumer: SharedStorageScheduler) -> None:
-    expected = consumer.expected_blocks(producer.hand_over(6))
+    expected = consumer.expect("r", [KEYS], producer.hand_over([KEYS[:6]]))
     assert expected == 6
     asked = [ask(consumer, "r", expected) for _ in range(20)]
     assert asked == [None] * 20
@@ -121,13 +121,13 @@ def test_what_is_no_hand_over_of_ours_is_not_waited_for(
     told: dict[str, Any] | None, producer: SharedStorageScheduler, consumer: SharedStorageScheduler
 ) -> None:
     if told is not None and "num_blocks" in told:
-        told = {"kvstore": {**producer.hand_over(6)["kvstore"], **told}}
-    assert consumer.expected_blocks(told) == 0
+        told = {"kvstore": {**(producer.hand_over([KEYS[:6]]) or {})["kvstore"], **told}}
+    assert consumer.expect("r", [KEYS], told) == 0
 
 
 def test_another_models_hand_over_is_not_waited_for(tmp_path: Path, producer: SharedStorageScheduler) -> None:
     other = SharedStorageScheduler(config(tmp_path, revision="r2"), 1)
-    assert other.expected_blocks(producer.hand_over(6)) == 0
+    assert other.expect("r", [KEYS], producer.hand_over([KEYS[:6]])) == 0
     other.close()
 
 

@@ -181,8 +181,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler
 
     def on_new_request(self, request: Request) -> None:
-        keys = self._state(request).keys.loadable(0)
+        state = self._state(request)
+        keys = state.keys.loadable(0)
         if self._kv_transfer_config.is_kv_consumer and keys[0]:
+            state.expected = self.scheduler.expect(request.request_id, keys, request.kv_transfer_params)
             self.scheduler.begin(request.request_id, keys)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -193,7 +195,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         keys = state.keys.loadable(state.first)
         if not keys[0]:
             return 0, False
-        found = self.scheduler.lookup(request.request_id, keys, expected=self._expected(request) - state.first)
+        found = self.scheduler.lookup(request.request_id, keys, expected=state.expected - state.first)
         return (None if found is None else found * self._block_size), False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -229,9 +231,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         state = self._requests.pop(request.request_id, None)
         self.scheduler.forget(request.request_id)
         is_asked = (request.kv_transfer_params or {}).get("do_remote_decode") is True
-        if not is_asked or state is None or not isinstance(self.scheduler, SharedStorageScheduler):
+        if not is_asked or state is None or not state.stored:
             return False, None
-        return False, self.scheduler.hand_over(state.stored)
+        return False, self.scheduler.hand_over(state.keys.of_blocks(0, state.stored))
 
     def has_pending_push_work(self) -> bool:
         return self.scheduler.has_open_jobs()
@@ -303,11 +305,6 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         )
         state.stored = full
 
-    def _expected(self, request: Request) -> int:
-        """Leading blocks of a request that a producer has handed over."""
-        half = self.scheduler
-        return half.expected_blocks(request.kv_transfer_params) if isinstance(half, SharedStorageScheduler) else 0
-
 
 class KVStoreOffloadingConnector(KVStoreConnector):
     """KV in host memory, and below it on disk and on a shared path.
@@ -348,6 +345,7 @@ class _Request:
     keys: RequestKeys
     first: int = 0  # block that the engine's own cache does not have
     stored: int = 0  # blocks
+    expected: int = 0  # blocks that another engine has handed over
 
 
 def _held(ids: list[int]) -> list[int | None]:

@@ -1,0 +1,295 @@
+"""KV from one engine to another, for any engine: one prefills and holds it, the other takes it.
+
+    producer  [workers fill slots] -> pinned in a `LocalLookupBuffer` -> hand-over: where, and how many blocks
+    consumer  hand-over -> control channel: select -> pipe: slots -> verified -> a promise, as any other
+
+What is handed over stays for a lease, and is gone once it was taken. A peer that is gone, or
+late, is a miss: the prompt is computed. The last, partial block of a prompt is computed anyhow.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from connectors.base import Keys
+from connectors.control import ControlClient, ControlServer
+from connectors.curve_keys import CurveKeys
+from connectors.lookup_messages import ANSWERS, REQUESTS
+from connectors.lookup_service import LookupService
+from connectors.offloading import OffloadingScheduler
+from connectors.pipe import PipeEnd
+from connectors.remote_lookup_buffer import PeerIo
+from connectors.remote_peer import RemotePeer
+from connectors.tier_sampler import COUNTERS
+from kvstore.config import StoreConfig
+from kvstore.errors import ConfigError, KVStoreError
+from kvstore.keys import BlockKey, array_to_keys
+from kvstore.lookup_buffer import LocalLookupBuffer
+from kvstore.planes import Planes
+from kvstore.slot import KeyArray, Rows, Slots
+from kvstore.tiers.base import TierStats
+
+logger = logging.getLogger(__name__)
+
+MakeEnd = Callable[[Rows, bool], PipeEnd]
+"""Over rows; told whether it is the server's."""
+
+_FIELD: Final = "kvstore_peer"
+_MOST_PEERS: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandOverConfig:
+    """Args:
+    transport: name of the pipe's kind; both ends have the same.
+    listen: where this engine's control channel listens, ``tcp://host:port``; port 0 takes a free one.
+    advertise: the address that other hosts reach it at; by default the one it listens at.
+    keys: who this engine is, and whose public keys are let in; needed beyond loopback.
+    lease_s: how long what nobody takes is held.
+    transfer_s: deadline of one transfer.
+    """
+
+    transport: str
+    make_end: MakeEnd
+    listen: str = "tcp://127.0.0.1:0"
+    advertise: str | None = None
+    keys: CurveKeys | None = None
+    lease_s: float = 60.0
+    transfer_s: float = 30.0
+
+
+class HandOver(msgspec.Struct, frozen=True, kw_only=True):
+    """What a consumer is told, by way of whoever routes its request; JSON.
+
+    Attributes:
+        address, key: of the producer's control channel, and its public key; empty without keys.
+        num_blocks: leading blocks of the prompt that it holds, or is about to.
+    """
+
+    address: Annotated[str, msgspec.Meta(max_length=256)]
+    key: Annotated[str, msgspec.Meta(max_length=64)]
+    id: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+    num_blocks: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    namespace: Annotated[str, msgspec.Meta(max_length=64)]
+
+
+class HandOverScheduler(OffloadingScheduler):
+    """The scheduler half; its worker half is `connectors.offloading.OffloadingWorker`.
+
+    Raises:
+        ConfigError: as `OffloadingScheduler`; chunks of more than one block, lower tiers, or an
+            address that cannot be listened at.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        num_workers: int,
+        windows: Sequence[int | None] = (None,),
+        *,
+        hand_over: HandOverConfig,
+    ) -> None:
+        if config.blocks_per_chunk != 1:
+            raise ConfigError(f"blocks_per_chunk: {config.blocks_per_chunk}; hand-overs take 1")
+        if config.disk is not None or config.shared is not None:
+            raise ConfigError("disk, shared: set; tiers belong to another connector beside this one")
+        self._peers = Peers(hand_over)
+        super().__init__(config, num_workers, windows, PeerIo(self._peers.of_keys, config.load_timeout_s))
+        self._peers.use(self._planes)
+        planes, make_end = self._planes, hand_over.make_end
+        ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server)}
+        self._buffer = LocalLookupBuffer(planes, lease_s=hand_over.lease_s)
+        self._service = LookupService(self._buffer, planes, ends, transfer_s=hand_over.transfer_s)
+        self._server: ControlServer | None = None
+        try:
+            self._server = ControlServer(hand_over.listen, self._service.handle, messages=REQUESTS, keys=hand_over.keys)
+        except BaseException:
+            self.close()
+            raise
+        self._advertised = hand_over.advertise or self._server.address
+        self._public_key = hand_over.keys.public if hand_over.keys is not None else ""
+
+    def hand_over(self, keys: Keys) -> dict[str, Any] | None:
+        """Hold what was stored of a prompt, and is on its way there, for one who takes it."""
+        every = [key for of_group in keys for key in of_group]
+        if not every:
+            return None
+        item = self._buffer.hold(every)
+        told = HandOver(
+            address=self._advertised,
+            key=self._public_key,
+            id=item.number,
+            num_blocks=len(keys[0]),
+            namespace=self._planes.current()[1].hex(),
+        )
+        return {_FIELD: msgspec.to_builtins(told)}
+
+    def expect(self, request_id: str, keys: Keys, params: Mapping[str, Any] | None) -> int:
+        told = (params or {}).get(_FIELD)
+        if not isinstance(told, Mapping) or told.get("namespace") != self._planes.current()[1].hex():
+            return 0
+        try:
+            hand_over = msgspec.convert(told, HandOver)
+        except msgspec.ValidationError:
+            return 0
+        return hand_over.num_blocks if self._peers.expect(request_id, keys, hand_over) else 0
+
+    def lookup(self, request_id: str, keys: Keys, *, expected: int = 0) -> int | None:
+        return super().lookup(request_id, keys, expected=expected if self._peers.is_up(request_id) else 0)
+
+    def forget(self, request_id: str) -> None:
+        super().forget(request_id)
+        self._peers.forget(request_id)
+
+    def reset(self) -> None:
+        self._lookups.reset()
+        self._buffer.reset()
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        return {**super().stats(), "peer": asdict(self._peers.stats())}
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        self._service.close()
+        self._peers.close()
+        self._buffer.close()
+        super().close()
+
+    def _publish(self, slots: Slots, keys: KeyArray, current: tuple[int, bytes]) -> None:
+        self._buffer.publish(array_to_keys(keys.reshape(len(slots), -1)), slots, current)
+
+
+@dataclass(slots=True)
+class _Connection:
+    client: ControlClient
+    peer: RemotePeer
+    num_requests: int = 0
+
+
+@dataclass(slots=True)
+class _Expected:
+    connection: _Connection
+    keys: list[BlockKey]
+    hand_over: int
+
+
+class Peers:
+    """Producers that requests were handed over by. Connections are made when first named; idle ones go when there
+    are too many.
+
+    Whom a request names is not trusted: with keys, only peers whose public key is let in are spoken
+    to; without, only loopback.
+    """
+
+    def __init__(self, config: HandOverConfig) -> None:
+        self._config = config
+        self._planes: Planes | None = None
+        self._lock = threading.Lock()
+        self._connections: dict[str, _Connection] = {}  # by address; least recently named first
+        self._expected: dict[str, _Expected] = {}  # by request
+        self._of_key: dict[BlockKey, _Expected] = {}
+        self._total = TierStats(name="peer")
+
+    def use(self, planes: Planes) -> None:
+        """Where blocks come to."""
+        self._planes = planes
+
+    def expect(self, request_id: str, keys: Keys, hand_over: HandOver) -> bool:
+        """A request's blocks are with this peer. False where it is not spoken to."""
+        with self._lock:
+            if request_id in self._expected:
+                return True
+            connection = self._connect(hand_over.address, hand_over.key)
+            if connection is None:
+                return False
+            connection.num_requests += 1
+            every = [key for of_group in keys for key in of_group]
+            expected = self._expected[request_id] = _Expected(connection, every, hand_over.id)
+            self._of_key.update(dict.fromkeys(every, expected))
+            return True
+
+    def of_keys(self, keys: Sequence[BlockKey]) -> RemotePeer | None:
+        """Who has them; called by lookup threads."""
+        expected = self._of_key.get(keys[0])
+        return None if expected is None else expected.connection.peer
+
+    def is_up(self, request_id: str) -> bool:
+        expected = self._expected.get(request_id)
+        return expected is not None and expected.connection.peer.is_up
+
+    def forget(self, request_id: str) -> None:
+        """The request has loaded what it wanted, or is over: the peer may have its memory back."""
+        with self._lock:
+            expected = self._expected.pop(request_id, None)
+            if expected is None:
+                return
+            for key in expected.keys:
+                if self._of_key.get(key) is expected:
+                    del self._of_key[key]
+            expected.connection.num_requests -= 1
+        expected.connection.peer.forget(expected.hand_over)
+
+    def stats(self) -> TierStats:
+        """Of all of them together."""
+        with self._lock:
+            peers = [connection.peer.stats() for connection in self._connections.values()]
+            return _sum([self._total, *peers])
+
+    def close(self) -> None:
+        with self._lock:
+            connections = list(self._connections.values())
+            self._connections.clear()
+        for connection in connections:
+            connection.client.close()  # wakes up who waits for an answer
+            connection.peer.close()
+
+    def _connect(self, address: str, key: str) -> _Connection | None:
+        keys, planes = self._config.keys, self._planes
+        known = self._connections.pop(address, None)
+        if known is not None:
+            self._connections[address] = known
+            return known
+        if planes is None or (keys is not None and key not in keys.peers.values()):
+            logger.warning("a request names a producer at %r whose key is not let in; it is computed", address)
+            return None
+        if len(self._connections) >= _MOST_PEERS and not self._drop_idle():
+            return None
+        make_end = self._config.make_end
+        try:
+            client = ControlClient(address, messages=ANSWERS, keys=keys, server_key=key if keys is not None else None)
+        except KVStoreError as e:
+            logger.warning("a request names a producer that cannot be asked: %s", e)
+            return None
+        rows = planes.arena.rows
+        peer = RemotePeer(address, client.ask, planes, self._config.transport, lambda: make_end(rows, False))
+        self._connections[address] = _Connection(client, peer)
+        return self._connections[address]
+
+    def _drop_idle(self) -> bool:
+        address = next((a for a, connection in self._connections.items() if not connection.num_requests), None)
+        if address is None:
+            return False
+        connection = self._connections.pop(address)
+        self._total = _sum([self._total, connection.peer.stats()])
+        threading.Thread(target=_close, args=(connection,), name="kvstore-peer-close", daemon=True).start()
+        return True
+
+
+def _close(connection: _Connection) -> None:
+    connection.client.close()
+    connection.peer.close()
+
+
+def _sum(parts: Sequence[TierStats]) -> TierStats:
+    """Counters of several as one; it is on where one of them is."""
+    total = TierStats(name="peer", state="off" if parts[1:] and all(p.state == "off" for p in parts[1:]) else "on")
+    for name in COUNTERS:
+        setattr(total, name, sum(getattr(part, name) for part in parts))
+    return total
