@@ -74,7 +74,7 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
 
     address: Annotated[str, msgspec.Meta(max_length=256)]
     key: Annotated[str, msgspec.Meta(max_length=64)]
-    id: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+    id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     num_blocks: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     namespace: Annotated[str, msgspec.Meta(max_length=64)]
 
@@ -117,15 +117,16 @@ class HandOverScheduler(OffloadingScheduler):
 
     def hand_over(self, keys: Keys) -> dict[str, Any] | None:
         """Hold what was stored of a prompt, and is on its way there, for one who takes it."""
-        every = [key for of_group in keys for key in of_group]
-        if not every:
+        num_blocks = self._num_held(keys)
+        if not num_blocks:
             return None
+        every = [key for of_group in keys for key in of_group[:num_blocks]]
         item = self._buffer.hold(every)
         told = HandOver(
             address=self._advertised,
             key=self._public_key,
             id=item.number,
-            num_blocks=len(keys[0]),
+            num_blocks=num_blocks,
             namespace=self._planes.current()[1].hex(),
         )
         return {_FIELD: msgspec.to_builtins(told)}

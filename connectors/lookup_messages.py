@@ -17,7 +17,7 @@ VERSION: Final = 1
 MAX_BLOCKS: Final = 1 << 14
 MAX_HELLO_NBYTES: Final = 1 << 16
 
-Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]

@@ -169,8 +169,8 @@ class LookupService:
 
     def _select(self, peer: str, request: Select) -> Selected:
         keys = _keys(request.keys)
-        if request.namespace != self._planes.current()[1] or not keys:
-            return Selected(0, 0)
+        if request.namespace != self._planes.current()[1]:
+            raise ControlRefusedError("another model, or another epoch")
         if len(self._taken) >= _MOST_OPEN:
             raise ControlRefusedError(f"{_MOST_OPEN} selections are open; release some")
         selection = self._buffer.select(keys, time.monotonic() + min(request.timeout_s, self._transfer_s))
@@ -199,11 +199,11 @@ class LookupService:
             raise ControlRefusedError("no such blocks are selected")
         if lane is None or lane.peer != peer:
             raise ControlRefusedError("no such pipe")
-        lane.pool.submit(self._send, lane, taken, request.first, end)
+        lane.pool.submit(self._send, lane, request.selection, taken, request.first, end)
         return Done()
 
-    def _send(self, lane: _Lane, taken: _Taken, first: int, end: int) -> None:
-        """In the pipe's thread; where it fails the peer sees the pipe close."""
+    def _send(self, lane: _Lane, number: int, taken: _Taken, first: int, end: int) -> None:
+        """In the pipe's thread; where it fails the peer sees the pipe close, and the selection is over."""
         deadline = time.monotonic() + self._transfer_s
         pipe = None
         try:
@@ -216,6 +216,7 @@ class LookupService:
             logger.warning("%d blocks could not be sent to a peer: %s", end - first, e)
             if pipe is not None:
                 pipe.close()
+            self._release(taken.peer, number)
 
     def _release(self, peer: str, number: int) -> None:
         with self._lock:

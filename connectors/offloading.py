@@ -33,7 +33,7 @@ from kvstore.arena import HostArena
 from kvstore.config import StoreConfig
 from kvstore.events import TierEvent
 from kvstore.io_service import IoService
-from kvstore.keys import BlockKey, keys_to_array
+from kvstore.keys import BlockKey, array_to_keys, keys_to_array
 from kvstore.manager import LoadLease
 from kvstore.planes import Planes
 from kvstore.slot import KeyArray, Slots
@@ -85,6 +85,7 @@ class OffloadingScheduler(SchedulerHalf):
         self._num_jobs = 0
         self._loads: list[CopyJob] = []
         self._stores: list[CopyJob] = []
+        self._filling: set[BlockKey] = set()  # keys of open store jobs
         self._host = TierStats(name="host")
 
     # -- what an engine asks
@@ -229,6 +230,16 @@ class OffloadingScheduler(SchedulerHalf):
         self._jobs[self._num_jobs] = _OpenJob(self._num_workers, done)
         return self._num_jobs
 
+    def _num_held(self, keys: Keys) -> int:
+        """Leading blocks that are in host memory, in all groups that read all of a prefix, or are being filled."""
+        held = []
+        for of_group, window in zip(keys, self._windows, strict=True):
+            if window is None:
+                present = self._manager.contains(of_group)
+                missing = (i for i, key in enumerate(of_group) if not present[i] and key not in self._filling)
+                held.append(next(missing, len(of_group)))
+        return min(held, default=len(keys[0]))
+
     def _publish(self, slots: Slots, keys: KeyArray, current: tuple[int, bytes]) -> None:
         """The workers have filled these."""
         self._planes.publish(slots, keys, current)
@@ -291,7 +302,14 @@ class OffloadingScheduler(SchedulerHalf):
             return
         at = (chosen[:, None] * per_chunk + np.arange(per_chunk)).reshape(-1)
         chunk_keys = keys_to_array([keys[i] for i in at.tolist()]).reshape(len(chosen), per_chunk, -1)
-        number = self._open(lambda: self._publish(slots, chunk_keys, current))
+        filling = set(array_to_keys(chunk_keys.reshape(len(at), -1)))
+        self._filling |= filling
+
+        def filled() -> None:
+            self._filling.difference_update(filling)
+            self._publish(slots, chunk_keys, current)
+
+        number = self._open(filled)
         positions = np.tile(np.arange(per_chunk), len(chosen)).tolist()
         ids = [block for i in at.tolist() if (block := blocks[i]) is not None]
         self._stores.append(CopyJob(number, np.repeat(slots, per_chunk).tolist(), positions, ids, group))

@@ -32,7 +32,8 @@ class SharedStorageScheduler(OffloadingScheduler):
         super().__init__(config, num_workers, windows)
 
     def hand_over(self, keys: Keys) -> dict[str, Any] | None:
-        return {_FIELD: {"namespace": self._planes.current()[1].hex(), "num_blocks": len(keys[0])}}
+        n = self._num_held(keys)  # what was dropped would be waited for in vain
+        return {_FIELD: {"namespace": self._planes.current()[1].hex(), "num_blocks": n}} if n else None
 
     def expect(self, request_id: str, keys: Keys, params: Mapping[str, Any] | None) -> int:
         """How many blocks a hand-over says; 0 for other KV than ours, and for what is none."""

