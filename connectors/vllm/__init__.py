@@ -9,16 +9,31 @@ from __future__ import annotations
 from typing import Final
 
 from connectors.vllm.connector import KVStoreConnector, KVStoreOffloadingConnector, KVStoreSharedStorageConnector
+from connectors.vllm.peer_connectors import KVStoreNcclConnector, KVStoreNixlConnector, KVStoreTcpConnector
 
-__all__ = ["KVStoreConnector", "KVStoreOffloadingConnector", "KVStoreSharedStorageConnector", "register"]
+_CONNECTORS: Final = (
+    KVStoreNcclConnector,
+    KVStoreNixlConnector,
+    KVStoreOffloadingConnector,
+    KVStoreSharedStorageConnector,
+    KVStoreTcpConnector,
+)
 
-_NAMES: Final = ("KVStoreOffloadingConnector", "KVStoreSharedStorageConnector")
+__all__ = [
+    "KVStoreConnector",
+    "KVStoreNcclConnector",
+    "KVStoreNixlConnector",
+    "KVStoreOffloadingConnector",
+    "KVStoreSharedStorageConnector",
+    "KVStoreTcpConnector",
+    "register",
+]
 
 
 def register() -> None:
     """Make the connectors known to vLLM; it calls this itself in each of its processes."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    for name in _NAMES:
+    for name in (connector.__name__ for connector in _CONNECTORS):
         if name not in KVConnectorFactory._registry:
             KVConnectorFactory.register_connector(name, "connectors.vllm", name)

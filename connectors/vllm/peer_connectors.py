@@ -1,0 +1,146 @@
+"""Connectors that hand KV from one vLLM server to another, without storage between them.
+
+    KVStoreTcpConnector    plain sockets
+    KVStoreNcclConnector   torch.distributed: gloo where there is no GPU
+    KVStoreNixlConnector   one-sided reads (UCX)
+
+They differ in the pipe; see `connectors.hand_over` for the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final, Self
+
+import torch
+
+from connectors.base import SchedulerHalf, Stripe, WorkerHalf
+from connectors.curve_keys import CurveKeys
+from connectors.hand_over import HandOverConfig, HandOverScheduler
+from connectors.offloading import OffloadingWorker
+from connectors.pipe import PipeEnd
+from connectors.vllm.connector import KVStoreConnector
+from connectors.vllm.settings import EXTRA_CONFIG, Settings, named_in
+from kvstore.errors import ConfigError
+from kvstore.identity import KVIdentity
+from kvstore.slot import Rows
+
+_GIB: Final = 1 << 30
+_NOT_HERE: Final = (  # tiers belong to a connector beside this one, and a block is what is handed over
+    "block_size", "disk_path", "disk_capacity_bytes", "disk_on_mismatch", "shared_storage_path", "shared_capacity_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSettings:
+    """Args:
+    listen: address of the control channel, ``tcp://host:port``; port 0 takes a free one.
+    advertise: the one that other hosts reach it at; by default ``listen``.
+    keys_path: folder that ``kvstore keygen`` made; needed beyond loopback.
+    lease_s: how long what nobody takes is held.
+    transfer_timeout_s: deadline of one transfer.
+    """
+
+    listen: str = "tcp://127.0.0.1:0"
+    advertise: str | None = None
+    keys_path: str | None = None
+    lease_s: float = 60.0
+    transfer_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("lease_s", "transfer_timeout_s"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600:
+                raise ConfigError(f"{name}: {value!r}; give seconds, above 0 and up to 3600")
+        for name in ("listen", "advertise", "keys_path"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name}: {value!r}; give a text")
+
+    @classmethod
+    def split(cls, extra: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """These settings, and what is left."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        return cls(**{name: extra[name] for name in names if name in extra}), {
+            name: value for name, value in extra.items() if name not in names
+        }
+
+
+class PeerConnector(KVStoreConnector):
+    """What they have in common.
+
+    ``kv_connector_extra_config``: see `PeerSettings`, and `connectors.vllm.settings.Settings` for
+    host memory. A ``kv_producer`` hands over, a ``kv_consumer`` takes.
+    """
+
+    transport: ClassVar[str]
+
+    @staticmethod
+    @abstractmethod
+    def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
+        """A pipe's end; ``host`` is the address that a server's end listens at, and is reached at."""
+
+    def configure(self, identity: KVIdentity, extra: Mapping[str, Any]) -> None:
+        with named_in(EXTRA_CONFIG):
+            mine, others = PeerSettings.split(extra)
+            self._store_config = Settings.of(others, (), _NOT_HERE).store_config(
+                identity, default_host_nbytes=_GIB, event_log_blocks=self._event_log_blocks
+            )
+            keys = CurveKeys.load(Path(mine.keys_path)) if mine.keys_path is not None else None
+        host = (mine.advertise or mine.listen).removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        self._hand_over = HandOverConfig(
+            transport=self.transport,
+            make_end=lambda rows, is_server: self.make_end(rows, is_server, host),
+            listen=mine.listen,
+            advertise=mine.advertise,
+            keys=keys,
+            lease_s=mine.lease_s,
+            transfer_s=mine.transfer_timeout_s,
+        )
+
+    def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:
+        with named_in(EXTRA_CONFIG):
+            return HandOverScheduler(self._store_config, num_workers, windows, hand_over=self._hand_over)
+
+    def make_worker(self, stripe: Stripe, groups: Sequence[Sequence[torch.Tensor]]) -> WorkerHalf:
+        return OffloadingWorker(stripe, groups, 1)
+
+
+class KVStoreTcpConnector(PeerConnector):
+    """Hands KV over by plain sockets."""
+
+    transport = "tcp"
+
+    @staticmethod
+    def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
+        from connectors.tcp import TcpEnd
+
+        return TcpEnd(rows, is_server=is_server, listen=host)
+
+
+class KVStoreNcclConnector(PeerConnector):
+    """Hands KV over by torch.distributed."""
+
+    transport = "nccl"
+
+    @staticmethod
+    def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
+        from connectors.nccl import NcclEnd
+
+        return NcclEnd(rows, is_server=is_server, listen=host)
+
+
+class KVStoreNixlConnector(PeerConnector):
+    """Hands KV over by one-sided reads of NIXL."""
+
+    transport = "nixl"
+
+    @staticmethod
+    def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
+        from connectors.nixl import NixlEnd
+
+        return NixlEnd(rows, is_server=is_server)

@@ -1,0 +1,167 @@
+"""A prefill server hands KV to a decode server directly: real engines, each in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.engine import NEEDS_VLLM, Engine, blocks, make_llama, prompt, same
+from tests.waiting import wait_until
+
+pytestmark = NEEDS_VLLM
+LENGTHS = (1500, 700, 130, 100)
+PROMPTS = [prompt(i, n) for i, n in enumerate(LENGTHS)]
+NOTHING_SHARED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def peer(connector: str, role: str, **extra: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": connector,
+        "kv_connector_module_path": "connectors.vllm",
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"num_cpu_blocks": 96, **extra},
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("vllm") / "model")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def start(name: str, transfer: dict[str, Any] | None, **settings: Any) -> Engine:
+        engine = Engine(name, tmp_path_factory.mktemp(name), model, NOTHING_SHARED)
+        engines.append(engine.load(transfer, max_num_batched_tokens=512, **settings))
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture(scope="module", params=["KVStoreTcpConnector"])
+def pair(request: pytest.FixtureRequest, start: Callable[..., Engine]) -> tuple[Engine, Engine]:
+    producer = start("producer", peer(request.param, "kv_producer", lease_s=5.0))
+    return producer, start("consumer", peer(request.param, "kv_consumer"))
+
+
+@pytest.fixture(scope="module")
+def wanted(pair: tuple[Engine, Engine]) -> list[dict[str, Any]]:
+    """What the consumer computes itself."""
+    answers = pair[1].generate(*PROMPTS, max_tokens=16)
+    assert cached(answers) == [0] * len(PROMPTS)
+    assert pair[1].ask("reset", connector=False)
+    return answers
+
+
+def cached(answers: list[dict[str, Any]]) -> list[int]:
+    return [answer["cached"] for answer in answers]
+
+
+def prefill(producer: Engine, *prompts: list[int]) -> list[dict[str, Any]]:
+    told = [producer.hand_over(ids) for ids in prompts]
+    producer.settle()  # in a server the engine goes on by itself
+    return told
+
+
+def decode(consumer: Engine, prompts: list[list[int]], told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        consumer.generate(ids, max_tokens=16, transfer_params=params)[0]
+        for ids, params in zip(prompts, told, strict=True)
+    ]
+
+
+def is_idle(producer: Engine) -> bool:
+    return bool(producer.settle()["host"]["pinned_blocks"] == 0)
+
+
+def test_prompts_are_handed_over(pair: tuple[Engine, Engine], wanted: list[dict[str, Any]]) -> None:
+    producer, consumer = pair
+    told = prefill(producer, *PROMPTS[:3])
+    assert [params["kvstore_peer"]["num_blocks"] * 128 for params in told] == [n // 128 * 128 for n in LENGTHS[:3]]
+    assert producer.hand_over(PROMPTS[3]) is None  # shorter than a block
+    assert not is_idle(producer)
+    answers = decode(consumer, PROMPTS[:3], told)
+    same(answers, wanted[:3])
+    assert cached(answers) == [blocks(n) for n in LENGTHS[:3]]
+    wait_until(lambda: is_idle(producer))
+    assert consumer.settle()["peer"]["hit_blocks"] == sum(blocks(n) // 128 for n in LENGTHS[:3])
+    consumer.metrics(lambda found: found.get("hit_blocks{KVStoreTcpConnector,peer}", 0) > 0)
+
+
+def test_part_of_it_is_in_the_consumers_own_cache(pair: tuple[Engine, Engine], wanted: list[dict[str, Any]]) -> None:
+    producer, consumer = pair
+    ids = prompt(50, 1000)
+    consumer.ask("reset", connector=False)
+    (cold,) = consumer.generate(ids, max_tokens=16)
+    consumer.ask("reset", connector=False)
+    consumer.generate(ids[:400], max_tokens=1)
+    (told,) = prefill(producer, ids)
+    (answer,) = decode(consumer, [ids], [told])
+    same([answer], [cold])
+    assert answer["cached"] == blocks(1000)
+    wait_until(lambda: is_idle(producer))
+
+
+def test_nobody_takes_it(pair: tuple[Engine, Engine]) -> None:
+    producer, _ = pair
+    prefill(producer, prompt(60, 1000))
+    assert not is_idle(producer)
+    wait_until(lambda: is_idle(producer))  # its lease has run out
+
+
+def test_the_consumer_dies_and_another_comes(
+    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine], request: Any
+) -> None:
+    producer, _ = pair
+    connector = request.node.callspec.params["pair"]
+    first = start("first", peer(connector, "kv_consumer"))
+    told = prefill(producer, *PROMPTS[:2])
+    first._child.send("generate", prompts=[PROMPTS[0]], max_tokens=64, transfer_params=told[0])
+    time.sleep(0.05)
+    first._child.kill()
+    second = start("second", peer(connector, "kv_consumer"))
+    answers = decode(second, PROMPTS[:2], told)
+    same(answers, wanted[:2])
+    assert answers[1]["cached"] in (0, blocks(LENGTHS[1]))  # its lease may have run out
+    wait_until(lambda: is_idle(producer))
+    second.stop()
+
+
+def test_the_producer_dies(
+    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine], request: Any
+) -> None:
+    _, consumer = pair
+    producer = start("dies", peer(request.node.callspec.params["pair"], "kv_producer"))
+    told = prefill(producer, *PROMPTS[:2])
+    consumer.ask("reset", connector=True)
+    begun = time.monotonic()
+    consumer._child.send("generate", prompts=[PROMPTS[0]], max_tokens=16, transfer_params=told[0])
+    producer._child.kill()
+    (answer,) = consumer._child.receive(120)["answer"]
+    same([answer], wanted[:1])
+    (answer,) = decode(consumer, PROMPTS[1:2], told[1:])
+    same([answer], wanted[1:2])
+    assert answer["cached"] == 0
+    assert time.monotonic() - begun < 60
+    assert consumer.settle()["host"]["pinned_blocks"] == 0
+
+
+def test_a_consumer_of_two_ranks_computes_it(
+    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine], request: Any
+) -> None:
+    """Its pages are cut in another way: a miss, and never garbage."""
+    producer, _ = pair
+    consumer = start("ranks", peer(request.node.callspec.params["pair"], "kv_consumer"), tensor_parallel_size=2)
+    answers = decode(consumer, PROMPTS[:1], prefill(producer, *PROMPTS[:1]))
+    same(answers, wanted[:1])
+    assert cached(answers) == [0]
+    consumer.stop()
