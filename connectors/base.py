@@ -82,9 +82,13 @@ class SchedulerHalf(ABC):
             wait_s: an engine with nothing else to do waits so long for what it was told to ask for again.
         """
 
+    def failed(self, numbers: Sequence[int]) -> None:  # noqa: B027 - a half whose workers cannot fail
+        """These jobs have failed at a worker, which is told before the last report of each: of a store, that
+        nothing of it may ever be found."""
+
     @abstractmethod
     def reported(self, reports: Mapping[int, int]) -> None:
-        """How many workers have done each job, since the last call."""
+        """How many workers have done each job, since the last call; one that failed counts as done."""
 
     @abstractmethod
     def has_open_jobs(self) -> bool:
@@ -128,6 +132,11 @@ class WorkerHalf(ABC):
 
     def take_failed_blocks(self) -> list[tuple[int, int]]:
         """(group, block) of loads that raised since the last call: the engine must not compute on those."""
+        return []
+
+    def take_failed_jobs(self) -> list[int]:
+        """Jobs that failed since the last call: loads that raised, and stores of what an engine may have
+        computed from what was not loaded."""
         return []
 
     @abstractmethod
@@ -204,8 +213,14 @@ class CopyJob:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What every worker does in one step of the engine: loads before it computes, stores after."""
+    """What every worker does in one step of the engine: loads before it computes, stores after.
+
+    Attributes:
+        known_failures: loads whose failure the scheduler half has learned of since the last step; what
+            they were for is computed again from here on.
+    """
 
     arena: ArenaHandle
     loads: list[CopyJob] = field(default_factory=list)
     stores: list[CopyJob] = field(default_factory=list)
+    known_failures: list[int] = field(default_factory=list)

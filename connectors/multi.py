@@ -107,6 +107,12 @@ class MultiScheduler(SchedulerHalf):
         self._promised.clear()
         return [child.end_step(wait_s=wait_s / len(self.children)) for child in self.children]
 
+    def failed(self, numbers: Sequence[int]) -> None:
+        n = len(self.children)
+        for i, child in enumerate(self.children):
+            if mine := [number // n for number in numbers if number % n == i]:
+                child.failed(mine)
+
     def reported(self, reports: Mapping[int, int]) -> None:
         n = len(self.children)
         for i, child in enumerate(self.children):
@@ -197,6 +203,10 @@ class MultiWorker(WorkerHalf):
 
     def take_failed_blocks(self) -> list[tuple[int, int]]:
         return [failed for child in self.children for failed in child.take_failed_blocks()]
+
+    def take_failed_jobs(self) -> list[int]:
+        n = len(self.children)
+        return [number * n + i for i, child in enumerate(self.children) for number in child.take_failed_jobs()]
 
     def take_reports(self) -> dict[int, int]:
         n = len(self.children)

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,8 +44,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _OpenJob:
+    """``done`` is told whether every worker has done it right."""
+
     reports_left: int
-    done: Callable[[], None]
+    done: Callable[[bool], None]
+    is_right: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class OffloadingScheduler(SchedulerHalf):
         self._num_jobs = 0
         self._loads: list[CopyJob] = []
         self._stores: list[CopyJob] = []
+        self._known_failures: list[int] = []
         self._filling: set[BlockKey] = set()  # keys of open store jobs
         self._host = TierStats(name="host")
 
@@ -124,7 +128,7 @@ class OffloadingScheduler(SchedulerHalf):
         if promise is None:
             raise ValueError(f"request {request_id!r} was promised nothing, or has taken it")
         jobs, num_blocks = [], 0
-        number = self._open(lambda: self._release(promise))
+        number = self._open(lambda _: self._release(promise))
         for group, (lease, start, ids) in enumerate(zip(promise.leases, promise.starts, blocks, strict=True)):
             wanted = [i for i, block in enumerate(ids) if block is not None]
             at = np.array(wanted, dtype=np.int64) - start
@@ -162,9 +166,15 @@ class OffloadingScheduler(SchedulerHalf):
         for request_id in list(self._promises):
             self._break_promise(request_id)
         self._lookups.wait(wait_s)
-        step = Step(self._arena, self._loads, self._stores)
-        self._loads, self._stores = [], []
+        step = Step(self._arena, self._loads, self._stores, self._known_failures)
+        self._loads, self._stores, self._known_failures = [], [], []
         return step
+
+    def failed(self, numbers: Sequence[int]) -> None:
+        self._known_failures += numbers
+        for number in numbers:
+            if (job := self._jobs.get(number)) is not None:
+                job.is_right = False
 
     def reported(self, reports: Mapping[int, int]) -> None:
         """How many workers have done each of these jobs, since the last call."""
@@ -175,7 +185,7 @@ class OffloadingScheduler(SchedulerHalf):
             job.reports_left -= n
             if job.reports_left <= 0:
                 del self._jobs[number]
-                job.done()
+                job.done(job.is_right)
 
     def has_open_jobs(self) -> bool:
         """Whether the engine must go on for reports to come in."""
@@ -225,7 +235,7 @@ class OffloadingScheduler(SchedulerHalf):
 
     # -- inside
 
-    def _open(self, done: Callable[[], None]) -> int:
+    def _open(self, done: Callable[[bool], None]) -> int:
         self._num_jobs += 1
         self._jobs[self._num_jobs] = _OpenJob(self._num_workers, done)
         return self._num_jobs
@@ -305,9 +315,12 @@ class OffloadingScheduler(SchedulerHalf):
         filling = set(array_to_keys(chunk_keys.reshape(len(at), -1)))
         self._filling |= filling
 
-        def filled() -> None:
+        def filled(is_right: bool) -> None:
             self._filling.difference_update(filling)
-            self._publish(slots, chunk_keys, current)
+            if is_right:
+                self._publish(slots, chunk_keys, current)
+            else:
+                self._manager.give_back(slots)
 
         number = self._open(filled)
         positions = np.tile(np.arange(per_chunk), len(chosen)).tolist()
@@ -327,11 +340,17 @@ def _longest_with_window(present: NDArray[np.bool_], window: int) -> int:
 class OffloadingWorker(WorkerHalf):
     """The worker half: copies its stripe of every slot. Called by one thread.
 
+    After a load that failed an engine computes from what was not loaded, until its scheduler half
+    has heard of it. So long nothing is stored by any worker half of this process: those of several
+    connectors share one cache.
+
     Args:
         stripe: this worker's.
         groups: the cache, by KV cache group: one or more tensors of bytes a layer, each (num_blocks, page_nbytes).
         blocks_per_chunk: as in the scheduler half.
     """
+
+    _not_known: ClassVar[set[tuple[int, int]]] = set()  # worker half, load that failed
 
     def __init__(self, stripe: Stripe, groups: Sequence[Sequence[torch.Tensor]], blocks_per_chunk: int) -> None:
         self._stripe = stripe
@@ -339,29 +358,41 @@ class OffloadingWorker(WorkerHalf):
         self._stripe_nbytes = max(pages.chunk_nbytes for pages in self._pages)
         self._arena: HostArena | None = None
         self._copied: deque[tuple[list[int], Any]] = deque()
-        self._failed: list[tuple[int, int]] = []
+        self._failed_blocks: list[tuple[int, int]] = []
+        self._failed_jobs: list[int] = []
 
     def load(self, step: Step) -> None:
         """Before the engine computes: host slots -> cache."""
+        self._not_known.difference_update((id(self), number) for number in step.known_failures)
         for job in step.loads:
             try:
                 self._pages[job.group].load(self._rows(step.arena), job)
             except Exception:  # what was to be loaded is computed instead
                 logger.exception("%d blocks could not be loaded from host memory", len(job.blocks))
-                self._failed += [(job.group, block) for block in job.blocks]
+                self._failed_blocks += [(job.group, block) for block in job.blocks]
+                self._failed_jobs.append(job.number)
+                self._not_known.add((id(self), job.number))
         self._note(step.loads)
 
     def store(self, step: Step) -> None:
         """After the engine has computed: cache -> host slots."""
         for job in step.stores if self._stripe.is_stored_here else ():
-            pages, rows = self._pages[job.group], self._rows(step.arena)
-            if pages.chunk_nbytes < self._stripe_nbytes:  # of a group with fewer layers: nothing old behind it
-                rows[np.unique(job.slots), pages.chunk_nbytes :] = 0
-            pages.store(rows, job)
+            try:
+                if self._not_known:
+                    self._failed_jobs.append(job.number)
+                else:
+                    self._store(job, self._rows(step.arena))
+            except Exception:
+                logger.exception("%d blocks could not be stored in host memory", len(job.blocks))
+                self._failed_jobs.append(job.number)
         self._note(step.stores)
 
     def take_failed_blocks(self) -> list[tuple[int, int]]:
-        failed, self._failed = self._failed, []
+        failed, self._failed_blocks = self._failed_blocks, []
+        return failed
+
+    def take_failed_jobs(self) -> list[int]:
+        failed, self._failed_jobs = self._failed_jobs, []
         return failed
 
     def take_reports(self) -> dict[int, int]:
@@ -373,6 +404,7 @@ class OffloadingWorker(WorkerHalf):
 
     def close(self) -> None:
         """Wait for what is under way, and unmap the arena."""
+        self._not_known.difference_update([failed for failed in self._not_known if failed[0] == id(self)])
         for _, event in self._copied:
             if event is not None:
                 event.synchronize()
@@ -380,6 +412,12 @@ class OffloadingWorker(WorkerHalf):
         if self._arena is not None:
             self._arena.close()
             self._arena = None
+
+    def _store(self, job: CopyJob, rows: NDArray[np.uint8]) -> None:
+        pages = self._pages[job.group]
+        if pages.chunk_nbytes < self._stripe_nbytes:  # of a group with fewer layers: nothing old behind it
+            rows[np.unique(job.slots), pages.chunk_nbytes :] = 0
+        pages.store(rows, job)
 
     def _note(self, jobs: Sequence[CopyJob]) -> None:
         if jobs:

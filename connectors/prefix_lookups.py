@@ -16,7 +16,6 @@ from typing import Final
 
 from kvstore.keys import BlockKey
 from kvstore.planes import Planes
-from kvstore.promotion import Promotion
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class PrefixLookups:
         Args:
             missing: keys of one KV cache group, the first of which host memory does not have.
         """
-        if not missing or self._planes.below() is None:
+        if not missing or self._planes.promotion() is None:
             return None
         lookup = self._under_way.get(missing[0])
         if lookup is None:
@@ -127,10 +126,13 @@ class PrefixLookups:
         """Runs in a thread: promote as much of the prefix as there is."""
         try:
             done, planes = 0, self._planes
-            while done < len(lookup.keys) and not self._stopping.is_set() and (io := planes.below()) is not None:
-                promotion = Promotion(planes.manager, io, planes.arena.rows, planes.fmt)
+            while (
+                done < len(lookup.keys)
+                and not self._stopping.is_set()
+                and (promotion := planes.promotion()) is not None
+            ):
                 keys = lookup.keys[done:]
-                found = io.find_prefix(keys)
+                found = promotion.find(keys)
                 came = promotion.load(found, keys, None, lookup.deadline)
                 lookup.came[found.tier] = lookup.came.get(found.tier, 0) + came
                 came = came or planes.manager.prefix_hit(keys)

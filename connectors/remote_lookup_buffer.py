@@ -118,7 +118,7 @@ class RemoteLookupBuffer(LookupBuffer):
             raise ConfigError("out: not contiguous; give a contiguous tensor")
         planes = self._planes
         io = PeerIo(lambda _: self._peer, timeout_s)
-        promotion = Promotion(planes.manager, io, planes.arena.rows, planes.fmt, self._copier)
+        promotion = Promotion(planes.manager, io, planes.arena.rows, planes.fmt, planes.manager.epoch, self._copier)
         wanted = keys[: len(out)]
         n = promotion.run(wanted, out, time.monotonic() + timeout_s)
         planes.manager.drop(wanted)  # it has passed through

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.events import TierEvent
-from kvstore.io_service import IoService
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.planes import Planes
 from kvstore.promotion import Promotion
@@ -64,10 +63,10 @@ class StagedTiers:
         back, for the last blocks are all that a sliding window keeps.
         """
         found = self._manager.contains(keys)
-        if (io := self._planes.below()) is not None:
+        if (promotion := self._planes.promotion()) is not None:
             groups = np.array([key.group for key in keys])
             for group in np.unique(groups):
-                self._find(io, keys, np.flatnonzero(groups == group), found, deadline)
+                self._find(promotion, keys, np.flatnonzero(groups == group), found, deadline)
         return found
 
     def store(self, keys: Sequence[BlockKey], rows: Sequence[int], deadline: float) -> NDArray[np.bool_]:
@@ -102,10 +101,7 @@ class StagedTiers:
         to, at = torch.tensor(rows, dtype=torch.int64), 0
         while at < len(keys) and time.monotonic() < deadline:
             n = self._load_staged(keys[at:], to[at:])
-            if not n and (io := self._planes.below()) is not None:
-                promotion = Promotion(
-                    self._manager, io, self._planes.arena.rows, self._planes.fmt, _Rows(self._rows, self._staged)
-                )
+            if not n and (promotion := self._planes.promotion(_Rows(self._rows, self._staged))) is not None:
                 n = promotion.run(keys[at:], to[at:], deadline)
             came[at : at + n] = True
             at += n or 1
@@ -146,11 +142,16 @@ class StagedTiers:
     # -- inside
 
     def _find(
-        self, io: IoService, keys: Sequence[BlockKey], at: NDArray[np.int64], found: NDArray[np.bool_], deadline: float
+        self,
+        promotion: Promotion,
+        keys: Sequence[BlockKey],
+        at: NDArray[np.int64],
+        found: NDArray[np.bool_],
+        deadline: float,
     ) -> None:
         first = 0
         while first < len(at) and time.monotonic() < deadline:
-            n = 1 if found[at[first]] else io.find_prefix([keys[i] for i in at[first:]]).chunks.total_keys
+            n = 1 if found[at[first]] else promotion.find([keys[i] for i in at[first:]]).chunks.total_keys
             if not n:
                 break
             found[at[first : first + n]] = True
@@ -158,7 +159,7 @@ class StagedTiers:
         misses, last = 0, len(at) - 1
         while last > first and misses < _MOST_MISSES and time.monotonic() < deadline:
             i = at[last]
-            found[i] |= len(io.find_prefix([keys[i]])) > 0
+            found[i] |= len(promotion.find([keys[i]])) > 0
             misses, last = 0 if found[i] else misses + 1, last - 1
 
     def _load_staged(self, keys: Sequence[BlockKey], to: torch.Tensor) -> int:

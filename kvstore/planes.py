@@ -20,6 +20,7 @@ from kvstore.io_service import IoService, ThreadIo
 from kvstore.keys import BlockKey
 from kvstore.manager import TierManager
 from kvstore.policy import make_policy
+from kvstore.promotion import Promotion, Sink
 from kvstore.slot import KeyArray, SlotCodec, SlotFormat, Slots, read_integrity_key
 
 _EPOCH_NBYTES: Final = 16
@@ -100,9 +101,13 @@ class Planes:
         ready: Slots = slots[kept]
         return ready
 
-    def below(self) -> IoService | None:
-        """The lower tiers, where there are any that look up in the epoch in effect."""
-        return self.io if self._lower_epoch == self.manager.epoch else None
+    def promotion(self, sink: Sink | None = None) -> Promotion | None:
+        """A way up from the lower tiers, of the epoch in effect; None where there is none, or while they go over
+        to another. What was begun before a reset ends with nothing."""
+        epoch = self.manager.epoch  # first: whatever is found later is of this epoch, or is not published
+        if self.io is None or self._lower_epoch != epoch:
+            return None
+        return Promotion(self.manager, self.io, self.arena.rows, self.fmt, epoch, sink)
 
     def reset(self) -> None:
         """Go on under a fresh random epoch, in every tier."""

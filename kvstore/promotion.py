@@ -37,13 +37,15 @@ class Promotion:
     """One prefix's way up from the lower tiers.
 
     Args:
+        epoch: of the manager, read before anything is looked up: what comes in another is not published.
         sink: copies on; None where host memory is all that is wanted.
     """
 
     def __init__(
-        self, manager: TierManager, io: IoService, rows: Rows, fmt: SlotFormat, sink: Sink | None = None
+        self, manager: TierManager, io: IoService, rows: Rows, fmt: SlotFormat, epoch: int, sink: Sink | None = None
     ) -> None:
         self._manager, self._io, self._rows, self._fmt, self._sink = manager, io, rows, fmt, sink
+        self._epoch = epoch
         self._window = max(1, _WINDOW_NBYTES // fmt.slot_nbytes)
 
     def run(self, keys: Sequence[BlockKey], out: torch.Tensor | None, deadline: float) -> int:
@@ -53,11 +55,15 @@ class Promotion:
             How many leading blocks have come, and are in out now. 0 where no lower tier has the
             first block, or none of it could be had by the deadline.
         """
-        return self.load(self._io.find_prefix(keys), keys, out, deadline)
+        return self.load(self.find(keys), keys, out, deadline)
+
+    def find(self, keys: Sequence[BlockKey]) -> Located:
+        """What the lower tiers have of a prefix; see `IoService.find_prefix`."""
+        return self._io.find_prefix(keys)
 
     def load(self, found: Located, keys: Sequence[BlockKey], out: torch.Tensor | None, deadline: float) -> int:
         """As `run`, of what was found already."""
-        epoch, left = self._manager.epoch, found
+        left = found
         under_way: deque[_Window] = deque()
         done = started = 0
         try:
@@ -74,13 +80,13 @@ class Promotion:
                 if not under_way:
                     break
                 window = under_way.popleft()
-                loaded = self._collect(window, epoch)
+                loaded = self._collect(window)
                 done += loaded
                 if loaded < window.num_blocks:
                     break
         finally:
             for window in under_way:
-                self._give_up(window, epoch)
+                self._give_up(window)
         return done
 
     def _start(
@@ -99,7 +105,7 @@ class Promotion:
             raise
         return _Window(job, slots, part.chunks.num_keys, array, out)
 
-    def _collect(self, window: _Window, epoch: int) -> int:
+    def _collect(self, window: _Window) -> int:
         """Verify and copy out a window's chunks as they come; how many leading blocks are good."""
         batch: Indices = []
         full = max(1, _COPY_NBYTES // self._fmt.slot_nbytes)
@@ -113,15 +119,15 @@ class Promotion:
                         batch = []
             self._copy_out(window, batch)
         finally:
-            self._give_up(window, epoch)
-        return window.num_leading() if epoch == self._manager.epoch else 0
+            self._give_up(window)
+        return window.num_leading() if self._epoch == self._manager.epoch else 0
 
-    def _give_up(self, window: _Window, epoch: int) -> None:
+    def _give_up(self, window: _Window) -> None:
         """Publish what is good; every other slot is free again, at once or when its read returns."""
         slots = window.slots
         window.job.abandon(lambda indices: self._manager.give_back(slots[indices]))
         good = slots[window.good]
-        self._manager.publish(good, self._chunk_keys(good), epoch, pins=0)
+        self._manager.publish(good, self._chunk_keys(good), self._epoch, pins=0)
         self._manager.give_back(slots[window.came & ~window.good])
 
     def _copy_out(self, window: _Window, batch: Indices) -> None:

@@ -27,7 +27,6 @@ from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import TierEvent
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.planes import Planes
-from kvstore.promotion import Promotion
 from kvstore.slot import Slots
 from kvstore.tiers.base import TierStats
 from kvstore.tiers.device import DeviceTier
@@ -123,8 +122,8 @@ class TieredStore:
         while hit < len(keys):
             found = self._device.prefix_hit(keys[hit:]) if self._device is not None else 0
             found = found or self._manager.prefix_hit(keys[hit:])
-            if not found and (io := self._planes.below()) is not None:
-                found = io.find_prefix(keys[hit:]).chunks.total_keys
+            if not found and (promotion := self._planes.promotion()) is not None:
+                found = promotion.find(keys[hit:]).chunks.total_keys
             if not found:
                 break
             hit += found
@@ -275,8 +274,7 @@ class TieredStore:
         """Load leading blocks from host memory, else from the lower tiers; the device keeps them."""
         device_epoch = self._device.epoch if self._device is not None else 0
         loaded = self._get_from_host(keys, out)
-        if not loaded and (io := self._planes.below()) is not None:
-            promotion = Promotion(self._manager, io, self._planes.arena.rows, self._fmt, self._copier)
+        if not loaded and (promotion := self._planes.promotion(self._copier)) is not None:
             loaded = promotion.run(keys, out, deadline)
         if loaded and self._device is not None:
             self._device.put(keys[:loaded], out[:loaded], device_epoch)

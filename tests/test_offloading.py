@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 
 from connectors.base import Stripe
 from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from connectors.pages import PageCopier
 from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, KVLayout, SharedTierConfig, StoreConfig
+from kvstore.io_service import Located
 from kvstore.keys import hash_blocks
 from tests.waiting import wait_until
 
@@ -19,6 +22,10 @@ LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_size=8, block_size=4, dtype
 IDENTITY = KVIdentity(model="m", revision="r1", layout=LAYOUT)
 NUM_BLOCKS = 32  # of an engine's cache
 PAGE_NBYTES = LAYOUT.layer_nbytes
+
+
+def broken(*_: object) -> None:
+    raise OSError("broken by a test")
 
 
 def make_keys(n: int, seed: int = 0) -> list[BlockKey]:
@@ -90,7 +97,11 @@ class Engine:
         for worker in self.workers:
             worker.load(step)
             worker.store(step)
+        self.report()
+
+    def report(self) -> None:
         for worker in self.workers:
+            self.scheduler.failed(worker.take_failed_jobs())
             self.scheduler.reported(worker.take_reports())
 
     def lookup(self, request: str, keys: list[BlockKey], *, expected: int = 0) -> int:
@@ -279,10 +290,43 @@ def test_a_reset_hides_what_was_stored_and_what_is_on_its_way(engine: Engine) ->
     assert engine.lookup("s", make_keys(4, seed=1)) == 0
 
 
-def test_a_job_out_of_bounds_copies_nothing(engine: Engine) -> None:
+def test_a_store_that_fails_is_not_found(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     engine.store(make_keys(4), [0, 1, 2, NUM_BLOCKS])
-    with pytest.raises(IndexError, match="out of bounds"):
-        engine.step()
+    engine.step()
+    assert "out of bounds" in caplog.text
+    assert engine.lookup("r", make_keys(4)) == 0
+    assert engine.pinned() == 0
+    assert not engine.scheduler.has_open_jobs()
+
+
+def test_after_a_load_that_fails_nothing_is_stored_until_it_is_known(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that was planned before computes from what was not loaded."""
+    engine.store(make_keys(4), [0, 1, 2, 3])
+    engine.step()
+    assert engine.lookup("r", make_keys(4)) == 4
+    engine.load("r", [10, 11, 12, 13])
+    engine.store(make_keys(4, seed=1), [4, 5, 6, 7])
+    first = engine.scheduler.end_step()
+    engine.store(make_keys(4, seed=2), [8, 9, 14, 15])
+    second = engine.scheduler.end_step()
+    with monkeypatch.context() as patch:
+        patch.setattr(PageCopier, "load", broken)
+        engine.workers[0].load(first)
+    for worker in engine.workers[1:]:
+        worker.load(first)
+    for worker in engine.workers:
+        worker.store(first)
+        worker.load(second)
+        worker.store(second)
+    engine.report()
+    assert engine.workers[0].take_failed_blocks() == [(0, block) for block in (10, 11, 12, 13)]
+    assert engine.lookup("s", make_keys(4, seed=1)) == 0
+    assert engine.lookup("t", make_keys(4, seed=2)) == 0
+    engine.store(make_keys(4, seed=1), [4, 5, 6, 7])
+    engine.step()
+    assert engine.lookup("u", make_keys(4, seed=1)) == 4
 
 
 def test_after_a_restart_the_disk_answers(tmp_path: Path, shape: tuple[int, int]) -> None:
@@ -346,4 +390,40 @@ def test_the_scheduler_never_waits_for_storage(tmp_path: Path) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     assert engine.lookup("r", make_keys(8)) in (0, 8)
+    engine.close()
+
+
+def test_what_is_on_its_way_up_at_a_reset_is_not_found_after_it(tmp_path: Path) -> None:
+    """Found in the old epoch, read while the lower tiers are told of the new one."""
+    engine = Engine(tmp_path)
+    keys = make_keys(8)
+    engine.fill(list(range(8)), 1)
+    engine.store(keys, list(range(8)))
+    engine.step()
+    assert engine.scheduler.flush(20)
+    planes = engine.scheduler._planes
+    planes.forget_host()
+    io = planes.io
+    assert io is not None
+    is_found, is_reset = threading.Event(), threading.Event()
+    find, set_namespace = io.find_prefix, io.set_namespace
+
+    def find_slowly(keys: Sequence[BlockKey]) -> Located:
+        found = find(keys)
+        is_found.set()
+        is_reset.wait(5)
+        return found
+
+    def set_slowly(namespace: bytes) -> None:
+        is_reset.set()
+        time.sleep(0.3)
+        set_namespace(namespace)
+
+    io.find_prefix, io.set_namespace = find_slowly, set_slowly  # type: ignore[method-assign]
+    engine.begin("r", keys)
+    assert is_found.wait(5)
+    engine.scheduler.reset()
+    io.find_prefix = find  # type: ignore[method-assign]
+    time.sleep(0.1)
+    assert engine.lookup("q", keys) == 0
     engine.close()

@@ -145,6 +145,8 @@ class PagedEngine:
 
     def report(self) -> None:
         for worker in self.workers:
+            if failed := worker.take_failed_jobs():
+                self.scheduler.failed(failed)
             self.scheduler.reported(worker.take_reports())
 
     def settle(self) -> None:

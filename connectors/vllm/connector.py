@@ -68,16 +68,17 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class Reports(KVConnectorWorkerMetadata):
-    """How many workers have done each job."""
+    """How many workers have done each job, and which jobs have failed at one."""
 
     reports: dict[int, int]
+    failed: list[int]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Reports:
         assert isinstance(other, Reports)
         total = dict(self.reports)
         for number, n in other.reports.items():
             total[number] = total.get(number, 0) + n
-        return Reports(total)
+        return Reports(total, [*self.failed, *other.failed])
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
@@ -161,12 +162,17 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         failed = self._worker.take_failed_blocks() if self._worker is not None else []
         if failed and len(self._groups.windows) > 1:
             # of several groups vLLM cannot be told which blocks: better no answer than a wrong one
-            raise RuntimeError("KV could not be loaded from host memory")
+            raise RuntimeError(
+                "KV could not be copied from host memory to the engine's cache, and with several KV cache groups "
+                "vLLM cannot be told which; the log says why"
+            )
         return {block for _, block in failed}
 
     def build_connector_worker_meta(self) -> Reports | None:
-        reports = self._worker.take_reports() if self._worker is not None else {}
-        return Reports(reports) if reports else None
+        if self._worker is None:
+            return None
+        failed, reports = self._worker.take_failed_jobs(), self._worker.take_reports()
+        return Reports(reports, failed) if reports or failed else None
 
     def _step(self) -> Any:
         metadata = self._get_connector_metadata()
@@ -218,8 +224,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta
-        if isinstance(reports, Reports):
-            self.scheduler.reported(reports.reports)
+        if not isinstance(reports, Reports):
+            return
+        if reports.failed:
+            self.scheduler.failed(reports.failed)
+            for state in self._requests.values():  # what is there already is not stored again
+                state.stored = 0
+        self.scheduler.reported(reports.reports)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))

@@ -31,7 +31,8 @@ from kvstore.slot import Rows
 
 _GIB: Final = 1 << 30
 _NOT_HERE: Final = (  # tiers belong to a connector beside this one, and a block is what is handed over
-    "block_size", "disk_path", "disk_capacity_bytes", "disk_on_mismatch", "shared_storage_path", "shared_capacity_bytes",
+    "block_size", "disk_path", "disk_capacity_bytes", "disk_on_mismatch",
+    "shared_storage_path", "shared_capacity_bytes",
 )  # fmt: skip
 
 

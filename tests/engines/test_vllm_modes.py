@@ -127,6 +127,29 @@ def test_preempted_requests(tmp_path: Path, model: Path) -> None:
         engine.stop()
 
 
+def test_what_was_computed_from_blocks_that_were_not_copied_is_not_stored(tmp_path: Path, model: Path) -> None:
+    """The engine learns of them once it has computed the step."""
+    engine = Engine("half-broken", tmp_path, model)
+    head = prompt(1, 257)
+    longer = [*head[:256], *prompt(2, 257)]
+    longest = [*longer[:512], *prompt(3, 40)]
+    try:
+        engine.load({**offloading(tmp_path), "kv_load_failure_policy": "recompute"})
+        (cold,) = engine.generate(longest)
+        engine.settle()
+        assert engine.ask("reset", connector=True)
+        engine.generate(head)
+        engine.settle()
+        engine.ask("break_load")
+        engine.from_store(longer)
+        (warm,) = engine.from_store(longest)
+        same([warm], [cold])
+        assert warm["cached"] == 512  # it was stored once it was computed right
+        assert engine.settle()["host"]["pinned_blocks"] == 0
+    finally:
+        engine.stop()
+
+
 def test_blocks_that_could_not_be_copied_are_computed(tmp_path: Path, model: Path) -> None:
     engine = Engine("broken", tmp_path, model)
     transfer = {**offloading(tmp_path), "kv_load_failure_policy": "recompute"}
