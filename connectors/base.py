@@ -150,10 +150,15 @@ class WorkerHalf(ABC):
 
 @dataclass(frozen=True, slots=True)
 class ArenaHandle:
-    """Where another process of this host finds a memfd arena."""
+    """Where another process of this host finds a memfd arena.
+
+    Attributes:
+        inode: of the memfd: another process of the same number may have opened something else.
+    """
 
     pid: int
     fd: int
+    inode: int
     num_slots: int
     slot_nbytes: int
 
@@ -161,7 +166,7 @@ class ArenaHandle:
     def of(cls, arena: HostArena) -> ArenaHandle:
         if arena.fd is None:
             raise ValueError("private memory cannot be mapped by another process")
-        return cls(os.getpid(), arena.fd, *arena.rows.shape)
+        return cls(os.getpid(), arena.fd, os.fstat(arena.fd).st_ino, *arena.rows.shape)
 
     def attach(self) -> HostArena:
         """Map it.
@@ -171,7 +176,12 @@ class ArenaHandle:
         """
         path = f"/proc/{self.pid}/fd/{self.fd}"
         try:
+            if not os.readlink(path).startswith("/memfd:"):
+                raise OSError(f"{path} is no arena")
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            if os.fstat(fd).st_ino != self.inode:
+                os.close(fd)
+                raise OSError(f"{path} is another one")
         except OSError as e:
             raise KVStoreError(
                 f"the host arena of process {self.pid} cannot be mapped ({e}); scheduler and workers "

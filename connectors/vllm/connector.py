@@ -30,9 +30,10 @@ from connectors.shared_storage import SharedStorageScheduler
 from connectors.tier_sampler import TierSampler
 from connectors.vllm.events import EVENT_LOG_BLOCKS, kv_events
 from connectors.vllm.groups import CacheGroups, UnsupportedEngineError
+from connectors.vllm.hosts import check_one_host
 from connectors.vllm.identity import identity_of
 from connectors.vllm.metrics import TierPromMetrics, TierStatsSample
-from connectors.vllm.request_keys import RequestKeys
+from connectors.vllm.request_keys import AdapterDigests, RequestKeys
 from connectors.vllm.settings import EXTRA_CONFIG, Settings, named_in
 from kvstore.identity import KVIdentity
 
@@ -101,6 +102,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._sampler: TierSampler | None = None
         self._requests: dict[str, _Request] = {}
+        self._adapters = AdapterDigests()
         self.configure(identity_of(vllm_config, kv_cache_config, self._groups, extra.get("model_revision")), extra)
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self.make_scheduler(self._num_workers, self._groups.windows)
@@ -139,6 +141,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             for group in self._kv_cache_config.kv_cache_groups
         ]
         ranks = get_tp_group()
+        check_one_host(ranks)
         stripe = Stripe.of_rank(ranks.rank_in_group, ranks.world_size, groups.num_replicas)
         self._worker = self.make_worker(stripe, planes)
 
@@ -293,11 +296,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.close()
             self._scheduler = None
+        self._adapters.close()
 
     def _state(self, request: Request) -> _Request:
         state = self._requests.get(request.request_id)
         if state is None:
-            keys = RequestKeys(request, self._block_size, len(self._groups.windows))
+            adapter = self._adapters.of(request.lora_request)
+            keys = RequestKeys(request, self._block_size, len(self._groups.windows), adapter)
             state = self._requests[request.request_id] = _Request(request, keys)
         return state
 

@@ -8,35 +8,70 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from cachetools import LRUCache
 
 from connectors.weights_digest import folder_digest
 from kvstore.errors import ConfigError
 from kvstore.keys import BlockKey
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
 
 _ROOT: Final = b"kvstore adapter 1\0"
 _MAX_CONFIG_NBYTES: Final = 1 << 20
+_MOST_ADAPTERS: Final = 4096
+_FIRST_ANSWER_S: Final = 0.005
+
+
+class AdapterDigests:
+    """Digests of the LoRA adapters that an engine serves; each is taken once, when it is first named.
+
+    vLLM goes on with what it has loaded, so what its files become later does not count. A thread
+    reads them: the scheduler waits no longer than it takes for small files.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstore-adapters")
+        self._known: LRUCache[tuple[int, str], Future[bytes | None]] = LRUCache(_MOST_ADAPTERS)
+
+    def of(self, lora: LoRARequest | None) -> bytes | None:
+        """Of weights and configuration; empty without an adapter, None where it is not known (yet)."""
+        if lora is None:
+            return b""
+        if lora.load_inplace:  # one number for what changes
+            return None
+        key = (lora.lora_int_id, lora.lora_path)
+        if key not in self._known:
+            self._known[key] = self._pool.submit(_digest_of_adapter, lora.lora_name, Path(lora.lora_path))
+        try:
+            return self._known[key].result(_FIRST_ANSWER_S)
+        except TimeoutError:
+            return None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class RequestKeys:
     """Keys of a request's full blocks whose tokens are known, by KV cache group; grows with the request.
 
-    None at all where an adapter has no digest: what cannot be named is neither stored nor loaded.
+    Args:
+        adapter: `AdapterDigests.of` its adapter. With None there are no keys at all: what cannot
+            be named is neither stored nor loaded.
     """
 
-    def __init__(self, request: Request, block_size: int, num_groups: int) -> None:
+    def __init__(self, request: Request, block_size: int, num_groups: int, adapter: bytes | None) -> None:
         self._request, self._block_size = request, block_size
         self._keys: list[list[BlockKey]] = [[] for _ in range(num_groups)]
-        self._adapter = _adapter_digest(request)
-        self._has_more_than_tokens = bool(request.mm_features) or request.prompt_embeds is not None
+        self._adapter = adapter
         salt = (request.cache_salt or "").encode()
         self._parent = hashlib.sha256(_ROOT + (self._adapter or b"") + salt).digest()
 
@@ -62,23 +97,18 @@ class RequestKeys:
         block_hash = bytes(self._request.block_hashes[i])
         if not self._adapter:
             return block_hash
-        if self._has_more_than_tokens:
+        if self._request.mm_features or self._request.prompt_embeds is not None:  # a session may get them later
             return hashlib.sha256(block_hash + self._adapter).digest()
         tokens = self._request.all_token_ids[i * self._block_size : (i + 1) * self._block_size]
         self._parent = hashlib.sha256(self._parent + np.asarray(tokens, dtype="<i8").tobytes()).digest()
         return self._parent
 
 
-def _adapter_digest(request: Request) -> bytes | None:
-    """Of a LoRA adapter's weights and configuration; empty without one, None where it cannot be had."""
-    lora = request.lora_request
-    if lora is None:
-        return b""
+def _digest_of_adapter(name: str, folder: Path) -> bytes | None:
     try:
-        folder = Path(lora.lora_path)
         with (folder / "adapter_config.json").open("rb") as f:
             config = f.read(_MAX_CONFIG_NBYTES)
         return hashlib.sha256(bytes.fromhex(folder_digest(folder)) + config).digest()
     except (ConfigError, OSError) as e:
-        logger.warning("KV of adapter %s is neither stored nor loaded: %s", lora.lora_name, e)
+        logger.warning("KV of adapter %s is neither stored nor loaded: %s", name, e)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ def test_an_adapter_counts_by_its_content(adapting: Engine, tmp_path: Path) -> N
     same([moved], [first])
     config = copy / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 64'))
-    assert ask(copy, "stronger")["cached"] == 0
+    same([ask(copy, "renamed")], [first])  # the engine goes on with what it has loaded
+    shutil.copytree(copy, tmp_path / "stronger")
+    assert ask(tmp_path / "stronger", "stronger")["cached"] == 0
 
 
 def test_an_adapter_without_a_digest_is_left_alone(adapting: Engine, tmp_path: Path) -> None:
