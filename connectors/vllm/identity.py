@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import torch
 import vllm
 from vllm.platforms import current_platform
 
@@ -129,6 +131,12 @@ def _packing(config: VllmConfig, groups: CacheGroups) -> str:
                 config.model_config.dtype, layout.block_size, layout.head_size, config.cache_config.cache_dtype
             )
         )
-    backend = getattr(config.attention_config, "backend", None)
+    return f"{getattr(config.attention_config, 'backend', None)} {device_text()}"
+
+
+def device_text() -> str:
+    """What a device is, as far as it decides how attention packs a page."""
+    if current_platform.is_cpu():
+        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     switches = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_ROCM_", "VLLM_USE_TRITON_"))}
-    return f"{current_platform.get_device_capability()} {backend} {switches or ''}".strip()
+    return f"{current_platform.device_type} {current_platform.get_device_capability()} {switches or ''}".strip()

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import vllm
 from numpy.typing import NDArray
-from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
@@ -41,7 +40,7 @@ from vllm.v1.kv_offload.tiering.base import JobId, JobResult, SecondaryTierManag
 from connectors.staged_tiers import StagedTiers
 from connectors.tier_sampler import TierSampler
 from connectors.vllm.events import EVENT_LOG_BLOCKS
-from connectors.vllm.identity import revision_of_name
+from connectors.vllm.identity import device_text, revision_of_name
 from connectors.vllm.metrics import offloading_metrics, offloading_stats
 from connectors.vllm.settings import Settings, named_in
 from kvstore.identity import KVIdentity, Placement
@@ -253,7 +252,7 @@ def _identity(config: OffloadingConfig, revision: str | None) -> KVIdentity:
         placement=Placement(
             tp_size=parallel.tp_size,
             pp_size=parallel.pp_size,
-            byte_layout=f"vllm {'.'.join(vllm.__version__.split('.')[:2])} {current_platform.device_type} "
+            byte_layout=f"vllm {'.'.join(vllm.__version__.split('.')[:2])} {device_text()} "
             f"{config.kv_cache_layout} {'canonical' if config.canonical_layout else 'by rank'}, "
             f"{config.cache.blocks_per_chunk} blocks, {ranks} ranks, dcp {parallel.dcp_size}, pcp {parallel.pcp_size}",
         ),
