@@ -10,10 +10,10 @@ VLLM_STAMP := $(VENV)/.vllm
 PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-vllm test test-slow test-gpu check bench bench-vllm format clean
+.PHONY: help venv demo demo-vllm demo-p2p test test-slow test-gpu check bench bench-vllm format clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Make .venv from constraints.txt (a few minutes; once)
 
@@ -22,6 +22,9 @@ demo: $(STAMP)  ## Watch a real model skip its prefill: from host memory, disk a
 
 demo-vllm: $(VLLM_STAMP)  ## Watch prefill disturb decode, and not: one vLLM server against prefill and decode apart
 	$(VENV)/bin/kvstore demo-vllm
+
+demo-p2p: $(VLLM_STAMP)  ## Watch prefill servers hand KV to decode servers, by NIXL, gloo and TCP
+	$(VENV)/bin/kvstore demo-p2p
 
 test: check $(VLLM_STAMP)  ## Everything that CI runs: check, then all tests that are not slow
 	$(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)

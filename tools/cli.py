@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
 from tools.proxy.command import proxy
@@ -196,6 +197,7 @@ def _errors() -> Iterator[None]:
 
 
 app.command()(_errors()(demo_vllm))
+app.command()(_errors()(demo_p2p))
 app.command()(_errors()(proxy))
 app.command()(_errors()(keygen))
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from connectors.testing import IDENTITY
+from kvstore.errors import ConfigError
 from tests.engines.engine import NEEDS_VLLM, Engine, blocks, make_llama, prompt, same
 from tests.waiting import wait_until
+from tools.demo_process import ChildError
 
 pytestmark = NEEDS_VLLM
 LENGTHS = (1500, 700, 130, 100)
@@ -44,7 +50,8 @@ def start(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Cal
 
     yield start
     for engine in engines:
-        engine.stop()
+        with suppress(ChildError, ValueError):  # some have been killed, or have ended
+            engine.stop()
 
 
 @pytest.fixture(scope="module", params=["KVStoreTcpConnector"])
@@ -165,3 +172,38 @@ def test_a_consumer_of_two_ranks_computes_it(
     same(answers, wanted[:1])
     assert cached(answers) == [0]
     consumer.stop()
+
+
+def test_every_setting_is_in_the_docs() -> None:
+    from connectors.vllm.peer_connectors import PeerSettings
+
+    text = (Path(__file__).parents[2] / "docs" / "p2p.md").read_text()
+    rows = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))))
+    assert {f.name for f in dataclasses.fields(PeerSettings)} <= rows
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"listen": "tcp://0.0.0.0:0"}, "kv_connector_extra_config.listen"),
+        ({"listen": 5}, "kv_connector_extra_config.listen: 5"),
+        ({"lease_s": 0}, "kv_connector_extra_config.lease_s: 0"),
+        ({"keys_path": "/nowhere"}, "kv_connector_extra_config.*nowhere"),
+        ({"disk_path": "/x"}, "kv_connector_extra_config.disk_path: not known"),
+        ({"block_size": 256}, "kv_connector_extra_config.block_size: not known"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_names_the_key(extra: dict[str, Any], message: str) -> None:
+    """As the connector reads them at the start."""
+    from connectors.vllm import KVStoreTcpConnector
+
+    connector = object.__new__(KVStoreTcpConnector)
+    connector._event_log_blocks = 0
+
+    def start() -> None:
+        connector.configure(IDENTITY, {"num_cpu_blocks": 8, **extra})
+        connector.make_scheduler(1, (None,))
+
+    with pytest.raises(ConfigError, match=message):
+        start()

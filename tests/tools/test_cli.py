@@ -68,7 +68,7 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
         "import sys; from tools.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(COMMANDS) == {"demo", "demo-vllm", "ls", "inspect", "verify", "bench", "proxy", "keygen"}
+    assert set(COMMANDS) == {"demo", "demo-vllm", "demo-p2p", "ls", "inspect", "verify", "bench", "proxy", "keygen"}
     assert all(f"  {command} " in done.stdout for command in COMMANDS)
     assert done.stdout.splitlines()[-1] == "False"
 
