@@ -38,7 +38,7 @@ zmq = pytest.importorskip("zmq")
 
 from zmq.utils.monitor import recv_monitor_message  # noqa: E402
 
-from connectors import control, curve_keys  # noqa: E402
+from connectors import curve_keys  # noqa: E402
 from connectors.control import (  # noqa: E402
     ControlClient,
     ControlClosedError,
@@ -352,7 +352,7 @@ def test_a_handler_that_fails_is_refused_without_details(
     where = {
         "raise": "ValueError at test_control.py:",
         "future": "ValueError at ",
-        "object": "TypeError at control.py:",
+        "object": "TypeError at server.py:",
     }
     assert where[how] in caplog.text
 
@@ -455,8 +455,8 @@ def server_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def test_a_peer_that_dies_or_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_HEARTBEAT_MS", 400)
-    monkeypatch.setattr(control, "_GONE_AFTER_MS", 2000)
+    monkeypatch.setattr("connectors.control.end._HEARTBEAT_MS", 400)
+    monkeypatch.setattr("connectors.control.end._GONE_AFTER_MS", 2000)
     for how in (signal.SIGSTOP, signal.SIGKILL):
         with server_process() as (process, address), connect(Keys(), address) as client:
             assert client.ask(Ask(1), 30).number == 1

@@ -37,7 +37,7 @@ ADAPTERS = {
     "vllm": ("connectors/vllm/*.py", "tools/bench/vllm*.py"),
     "nixl": ("connectors/nixl.py",),
     "aiohttp": ("tools/proxy/*.py", "tools/demo_vllm/client.py"),
-    "zmq": ("connectors/control.py",),
+    "zmq": ("connectors/control/*.py",),
 }
 UNPICKLE = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing"}
 UNPICKLE_CALLS = {"torch.load", "torch.save", "numpy.load", "numpy.save", "eval", "exec", "__import__"}
