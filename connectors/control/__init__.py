@@ -29,19 +29,6 @@ from connectors.control.end import (
 from connectors.control.server import ControlServer
 
 __all__ = [
-    "ControlClient",
-    "ControlClosedError",
-    "ControlError",
-    "ControlRefusedError",
-    "ControlServer",
-    "ControlTimeoutError",
-    "MAX_ASKS",
-    "MAX_FRAME_NBYTES",
-    "MAX_TIMEOUT_S",
-    "Peer",
-    "Refused",
-    "make_key_pair",
-]
     "MAX_ASKS",
     "MAX_FRAME_NBYTES",
     "MAX_TIMEOUT_S",
