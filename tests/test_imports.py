@@ -35,7 +35,7 @@ ADAPTERS = {
     "gguf": ("tools/demo*.py",),
     "tokenizers": ("tools/demo*.py",),
     "vllm": ("connectors/vllm/*.py", "tools/bench/vllm*.py"),
-    "nixl": ("connectors/nixl.py",),
+    "nixl": ("connectors/nixl.py", "tools/bench/network_peer.py"),
     "aiohttp": ("tools/proxy/*.py", "tools/demo_vllm/client.py"),
     "zmq": ("connectors/control/*.py",),
 }

@@ -48,6 +48,7 @@ class Bench(StrEnum):
     DISK = "disk"
     SHARED = "shared"
     INDEX = "index"
+    NETWORK = "network"
     VLLM = "vllm"
 
 
@@ -150,7 +151,7 @@ def verify(path: StoredPath, json: Json = False, integrity_key_file: KeyFile = N
 
 @app.command()
 def bench(
-    what: Annotated[Bench, typer.Argument(metavar="WHAT", help="The tier, the index, or a vLLM server, to measure.")],
+    what: Annotated[Bench, typer.Argument(metavar="WHAT", help="The tier, the index, hand-over, or a vLLM server.")],
     json: Json = False,
     path: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Directory to measure in; by default a temporary one.")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -140,3 +141,19 @@ class Child:
         state = "still running" if code is None else f"exit code {code}"
         lines = self._stderr_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
         return ChildError("\n".join([f"the {self.name} process {what} ({state})", *(f"  | {line}" for line in lines)]))
+
+
+def serve(commands: object) -> None:
+    """The child's side: answer with what its methods return, until stdin ends. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        command = getattr(commands, request.pop("command"))
+        try:
+            answer = {"answer": command(**request)}
+        except Exception as e:
+            traceback.print_exc()
+            answer = {"error": f"{type(e).__name__}: {e}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from tools.bench.vllm_engine import Engine, serve
+from tools.bench.vllm_engine import Engine
+from tools.demo_process import serve
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",

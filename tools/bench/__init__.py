@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kvstore.errors import ConfigError
-from tools.bench import disk, host, index, process, shared, vllm
+from tools.bench import disk, host, index, network, process, shared, vllm
 from tools.bench.common import Result, Row, Scale, ScaleName
 
 BENCHES: dict[str, tuple[Callable[[Path, Scale], Iterator[Row]], ...]] = {
@@ -24,6 +24,7 @@ BENCHES: dict[str, tuple[Callable[[Path, Scale], Iterator[Row]], ...]] = {
     "disk": (disk.run,),
     "shared": (shared.run,),
     "index": (index.run,),
+    "network": (network.run,),
     "vllm": (vllm.run,),
 }
 

@@ -5,12 +5,11 @@ Run by `tools.demo_process.Child`. The engine's core and scheduler run in this p
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
-import traceback
 from typing import Any
+
+from tools.demo_process import serve
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -106,22 +105,6 @@ class Engine:
 
     def _connector(self) -> Any:
         return self._llm.llm_engine.engine_core.engine_core.scheduler.connector
-
-
-def serve(engine: Engine) -> None:
-    """Answer until stdin ends. What libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        command = getattr(engine, request.pop("command"))
-        try:
-            answer = {"answer": command(**request)}
-        except Exception as e:
-            traceback.print_exc()
-            answer = {"error": f"{type(e).__name__}: {e}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
 
 
 if __name__ == "__main__":
