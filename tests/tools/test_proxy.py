@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import re
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +26,20 @@ web = pytest.importorskip("aiohttp.web")
 
 from tools.proxy import app as proxy_app  # noqa: E402
 from tools.proxy.app import running  # noqa: E402
-from tools.proxy.messages import ASK_FOR_HAND_OVER, CHAT_PATH, prefill_copy, prompt_chars, request_headers  # noqa: E402
+from tools.proxy.messages import (  # noqa: E402
+    ASK_FOR_HAND_OVER,
+    CHAT_PATH,
+    MAX_EVENT_NBYTES,
+    prefill_copy,
+    prompt_chars,
+    request_headers,
+    whole_events,
+)
 from tools.proxy.relay import MAX_PREFILL_ANSWER_NBYTES  # noqa: E402
 from tools.proxy.servers import Pool  # noqa: E402
 from tools.proxy.settings import ProxySettings  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPLETIONS = "/v1/completions"
 LONG, SHORT = "long " * 200, "short"
 DOWN = "http://127.0.0.1:1"
@@ -117,7 +132,9 @@ def stream(end: str) -> Answer:
         await response.write(b'data: {"n": 2}\n\n')
         if end == "done":
             await response.write(b"data: [DONE]\n\n")
-        elif end == "die":
+        elif end in ("die", "die within an event"):
+            if end != "die":
+                await response.write(b'data: {"choices":[{"te')
             await asyncio.sleep(0.05)
             request.transport.abort()
         elif end == "hang":
@@ -473,7 +490,7 @@ def test_stream_is_relayed_chunk_by_chunk() -> None:
     play(test, Fake("a"), b)
 
 
-@pytest.mark.parametrize("end", ["die", "hang", "no done"])
+@pytest.mark.parametrize("end", ["die", "die within an event", "hang", "no done"])
 def test_stream_that_breaks_ends_with_an_error_event(end: str) -> None:
     b = Fake("b", stream(end))
 
@@ -746,3 +763,65 @@ def test_settings_that_are_wrong_are_named(changes: dict[str, Any], named: str) 
     given = {"prefill": ["http://a"], "decode": ["http://b"], **changes}
     with pytest.raises(ConfigError, match=named):
         settings(**given)
+
+
+# -- what the proxy itself lacks
+
+
+PROXY = [sys.executable, "-c", "from tools.cli import main; main()", "proxy", "--port", "0", "--json"]
+
+
+def limited(soft: int, hard: int) -> Callable[[], None]:
+    return partial(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_in_flight_than_files_is_refused() -> None:
+    command = [*PROXY, "--prefill", DOWN, "--decode", "http://127.0.0.1:2"]
+    done = subprocess.run(
+        command, cwd=ROOT, preexec_fn=limited(256, 256), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert re.search(r"--max-in-flight: 1024 needs \d+ open files, and 256 are allowed here; give \d+", done.stderr)
+
+
+def test_without_files_no_server_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that this process cannot open says nothing of the server."""
+
+    async def test(client: Client) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        opened: list[int] = []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 24, hard))
+            spare = await client.session.get(f"{client.url}/health")  # keeps its connection
+            spare.release()
+            with suppress(OSError):
+                while True:
+                    opened.append(os.open("/dev/null", os.O_RDONLY))
+            async with client.session.post(f"{client.url}{COMPLETIONS}", json={"prompt": SHORT}) as answer:
+                assert answer.status == 503
+                assert "the proxy itself" in (await answer.json())["error"]["message"]
+            await asyncio.sleep(0.3)  # probes have gone by
+        finally:
+            for fd in opened:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        async with client.session.get(f"{client.url}/status") as answer:
+            servers = (await answer.json())["servers"]
+        assert [server["healthy"] for server in servers] == [True, True]
+        assert [server["failures"] for server in servers] == [0, 0]
+
+    play(test, Fake("prefill"), Fake("decode"), health_interval_s=0.05, max_in_flight=2)
+
+
+def test_of_a_stream_that_breaks_no_part_of_an_event_is_passed_on() -> None:
+    """A client would take it for an event, and choke on it."""
+    for data, expected in (
+        (b"", (b"", b"")),
+        (b"data: {", (b"", b"data: {")),
+        (b"data: 1\n\ndata: {", (b"data: 1\n\n", b"data: {")),
+        (b"data: 1\r\n\r\ndata: 2\r\n\r\nda", (b"data: 1\r\n\r\ndata: 2\r\n\r\n", b"da")),
+        (b"data: 1\n\n", (b"data: 1\n\n", b"")),
+    ):
+        assert whole_events(data) == expected
+    long = b"x" * (MAX_EVENT_NBYTES + 1)
+    assert whole_events(b"data: 1\n\n" + long) == (b"data: 1\n\n" + long, b"")

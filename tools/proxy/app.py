@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,7 @@ from tools.proxy.settings import ProxySettings
 GRACE_S: Final = 10.0
 _CLOSE_S: Final = 1.0
 _POLL_S: Final = 0.02
+_OWN_FILES: Final = 64
 _MODELS_PATH: Final = "/v1/models"
 Work = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -124,8 +126,9 @@ async def running(settings: ProxySettings) -> AsyncIterator[str]:
     """Serve while the context is open; gives the URL. At its end requests in flight have `GRACE_S` to end.
 
     Raises:
-        ConfigError: it cannot listen there.
+        ConfigError: it cannot listen there, or may not open as many files as that needs.
     """
+    _allow_files(settings)
     connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no server closes a connection that waits for work
     async with aiohttp.ClientSession(
         connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
@@ -160,6 +163,21 @@ async def _run(settings: ProxySettings, listening: Callable[[str], None]) -> Non
     async with running(settings) as url:
         listening(url)
         await stop.wait()
+
+
+def _allow_files(settings: ProxySettings) -> None:
+    """Raise the limit on open files as far as it goes; a request takes two."""
+    needed = 2 * settings.max_in_flight + 4 * (len(settings.prefill) + len(settings.decode)) + _OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed and hard != soft:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        fits = max(1, settings.max_in_flight - (needed - soft + 1) // 2)
+        raise ConfigError(
+            f"--max-in-flight: {settings.max_in_flight} needs {needed} open files, and {soft} are allowed here; "
+            f"give {fits}, or raise the limit (ulimit -n)"
+        )
 
 
 def _url(host: str, port: int) -> str:

@@ -25,6 +25,8 @@ HOP_BY_HOP: Final = frozenset(
 ASK_FOR_HAND_OVER: Final = {"do_remote_decode": True}  # what vLLM's connectors look for in a prefill
 # The body is written anew and unpacked, and its answer is to come unpacked too.
 NOT_OF_REQUEST: Final = frozenset(("host", "content-length", "content-encoding", "accept-encoding", "expect"))
+MAX_EVENT_NBYTES: Final = 1 << 20
+_BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 ERROR_TYPES: Final = {400: "invalid_request_error", 404: "not_found_error", 408: "timeout_error",
                       413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 
@@ -94,6 +96,17 @@ def error_answer(status: int, message: str) -> web.Response:
 def error_event(status: int, message: str) -> bytes:
     """An error within a stream; ends first what may have been cut off."""
     return b"\n\ndata: " + json.dumps(error_body(status, message)).encode() + b"\n\n"
+
+
+def whole_events(data: bytes) -> tuple[bytes, bytes]:
+    """What of a stream's bytes can be passed on, and the beginning of an event that is not whole yet.
+
+    An event of more than `MAX_EVENT_NBYTES` is passed on as it comes.
+    """
+    end = max(data.rfind(blank) + len(blank) if blank in data else 0 for blank in _BLANK_LINES)
+    if len(data) - end > MAX_EVENT_NBYTES:
+        return data, b""
+    return data[:end], data[end:]
 
 
 def _end_to_end(headers: Mapping[str, str], without: frozenset[str]) -> CIMultiDict[str]:

@@ -26,8 +26,9 @@ from tools.proxy.messages import (
     prefill_copy,
     prompt_chars,
     request_headers,
+    whole_events,
 )
-from tools.proxy.servers import CONNECT_ERRORS, NETWORK_ERRORS, Pool, Server, describe
+from tools.proxy.servers import CONNECT_ERRORS, NETWORK_ERRORS, Pool, Server, describe, is_own
 from tools.proxy.settings import ProxySettings
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ MAX_PREFILL_ANSWER_NBYTES: Final = 8 << 20
 NEXT_SERVER_STATUSES: Final = frozenset((502, 503, 504))
 _DONE: Final = b"data: [DONE]"
 _TAIL_NBYTES: Final = 64
+_TELL_EVERY_S: Final = 10.0
 
 
 class AnswerError(ValueError):
@@ -58,6 +60,7 @@ class Relay:
     def __init__(self, settings: ProxySettings, session: aiohttp.ClientSession, prefill: Pool, decode: Pool) -> None:
         self._settings, self._session = settings, session
         self._prefill, self._decode = prefill, decode
+        self._told_short_at = -_TELL_EVERY_S
 
     async def complete(self, request: web.Request, data: bytes, body: dict[str, Any]) -> web.StreamResponse:
         """Prefill if the prompt is long enough, then have a decode server answer."""
@@ -80,6 +83,8 @@ class Relay:
                 try:
                     answer = await self._open(server, call, None)
                 except NETWORK_ERRORS as e:
+                    if is_own(e):
+                        return error_answer(503, self._short_of(e))
                     tried[server] = _count(server, e)
                     if isinstance(e, TimeoutError) and not isinstance(e, CONNECT_ERRORS):
                         # It may still be at work on a long answer: another one would only take longer.
@@ -103,6 +108,9 @@ class Relay:
                 try:
                     return await self._ask_prefill(server, call, left_s)
                 except (*NETWORK_ERRORS, RecursionError) as e:
+                    if is_own(e):
+                        logger.debug("no prefill: %s", self._short_of(e))
+                        return None
                     logger.debug("prefill server %s: %s", server.url, _count(server, e))
         return None
 
@@ -139,19 +147,23 @@ class Relay:
     async def _pass_on(
         self, request: web.Request, server: Server, answer: aiohttp.ClientResponse, request_id: str
     ) -> web.StreamResponse:
-        """Each chunk as it comes; what breaks is told in a stream, and cuts off anything else."""
+        """Each chunk as it comes, of a stream each event; what breaks is told in a stream, and cuts off
+        anything else."""
         if answer.status >= 500:
             _count(server, AnswerError(f"answered {answer.status}"))
         response = web.StreamResponse(status=answer.status, headers=answer_headers(answer.headers))
         response.headers.setdefault(REQUEST_ID, request_id)
         is_stream = answer.content_type == "text/event-stream" and answer.content_length is None
         await response.prepare(request)
-        tail = b""
+        tail, held = b"", b""
         try:
             while chunk := await answer.content.readany():
                 tail = (tail + chunk)[-_TAIL_NBYTES:]
-                if not await self._write(request, response, chunk):
+                ready, held = whole_events(held + chunk) if is_stream else (chunk, b"")
+                if ready and not await self._write(request, response, ready):
                     return response
+            if held and not await self._write(request, response, held):
+                return response
             if is_stream and answer.status == 200 and _DONE not in tail:
                 raise AnswerError("ended its stream too early")
         except NETWORK_ERRORS as e:
@@ -173,6 +185,15 @@ class Relay:
             _abort(request)
             return False
         return True
+
+    def _short_of(self, error: BaseException) -> str:
+        """For the client; the log says it now and then."""
+        why = f"the proxy itself cannot open another connection: {describe(error)}"
+        now = time.monotonic()
+        if now - self._told_short_at > _TELL_EVERY_S:
+            self._told_short_at = now
+            logger.warning("%s", why)
+        return why
 
     def _nobody(self, tried: dict[Server, str]) -> str:
         whys = tried or {server: f"out ({server.last_error})" for server in self._decode.servers}

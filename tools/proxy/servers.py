@@ -2,11 +2,13 @@
 
 A server is out after one connection that failed or two failures in a row of ``GET /health``;
 one success brings it back. What requests meet otherwise is counted and shown, and takes none out.
+Where the proxy itself has no file descriptors left that says nothing of any server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 MAX_FAILED_PROBES: Final = 2
 NETWORK_ERRORS: Final = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 CONNECT_ERRORS: Final = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
+OWN_ERRNOS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM))
 Role = Literal["prefill", "decode"]
 
 
@@ -135,6 +138,8 @@ class HealthWatch:
             ) as answer:
                 status = answer.status
         except NETWORK_ERRORS as e:
+            if is_own(e):
+                return
             server.probe_failed(f"health: {describe(e)}", connect=isinstance(e, CONNECT_ERRORS))
         except Exception as e:  # a watch that died would never bring a server back
             logger.exception("asking %s for its health failed", server.url)
@@ -144,6 +149,11 @@ class HealthWatch:
                 server.probe_succeeded()
             else:
                 server.probe_failed(f"health: answered {status}")
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether it is this process that lacks what a connection needs."""
+    return isinstance(error, OSError) and error.errno in OWN_ERRNOS
 
 
 def describe(error: BaseException) -> str:
