@@ -21,6 +21,7 @@ from tools.demo_process import ChildError
 pytestmark = NEEDS_VLLM
 LENGTHS = (1500, 700, 130, 100)
 PROMPTS = [prompt(i, n) for i, n in enumerate(LENGTHS)]
+TCP = "KVStoreTcpConnector"
 NOTHING_SHARED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -54,10 +55,10 @@ def start(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Cal
             engine.stop()
 
 
-@pytest.fixture(scope="module", params=["KVStoreTcpConnector"])
-def pair(request: pytest.FixtureRequest, start: Callable[..., Engine]) -> tuple[Engine, Engine]:
-    producer = start("producer", peer(request.param, "kv_producer", lease_s=5.0))
-    return producer, start("consumer", peer(request.param, "kv_consumer"))
+@pytest.fixture(scope="module")
+def pair(start: Callable[..., Engine]) -> tuple[Engine, Engine]:
+    producer = start("producer", peer(TCP, "kv_producer", lease_s=5.0))
+    return producer, start("consumer", peer(TCP, "kv_consumer"))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,21 @@ def test_prompts_are_handed_over(pair: tuple[Engine, Engine], wanted: list[dict[
     assert cached(answers) == [blocks(n) for n in LENGTHS[:3]]
     wait_until(lambda: is_idle(producer))
     assert consumer.settle()["peer"]["hit_blocks"] == sum(blocks(n) // 128 for n in LENGTHS[:3])
-    consumer.metrics(lambda found: found.get("hit_blocks{KVStoreTcpConnector,peer}", 0) > 0)
+    consumer.metrics(lambda found: found.get(f"hit_blocks{{{TCP},peer}}", 0) > 0)
+
+
+@pytest.mark.parametrize("connector", ["KVStoreNcclConnector"])
+def test_other_transports(connector: str, wanted: list[dict[str, Any]], start: Callable[..., Engine]) -> None:
+    producer, consumer = (
+        start("other-producer", peer(connector, "kv_producer")),
+        start("other-consumer", peer(connector, "kv_consumer")),
+    )
+    answers = decode(consumer, PROMPTS[:3], prefill(producer, *PROMPTS[:3]))
+    same(answers, wanted[:3])
+    assert cached(answers) == [blocks(n) for n in LENGTHS[:3]]
+    wait_until(lambda: is_idle(producer))
+    for engine in (producer, consumer):
+        engine.stop()
 
 
 def test_part_of_it_is_in_the_consumers_own_cache(pair: tuple[Engine, Engine], wanted: list[dict[str, Any]]) -> None:
@@ -126,16 +141,15 @@ def test_nobody_takes_it(pair: tuple[Engine, Engine]) -> None:
 
 
 def test_the_consumer_dies_and_another_comes(
-    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine], request: Any
+    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine]
 ) -> None:
     producer, _ = pair
-    connector = request.node.callspec.params["pair"]
-    first = start("first", peer(connector, "kv_consumer"))
+    first = start("first", peer(TCP, "kv_consumer"))
     told = prefill(producer, *PROMPTS[:2])
     first._child.send("generate", prompts=[PROMPTS[0]], max_tokens=64, transfer_params=told[0])
     time.sleep(0.05)
     first._child.kill()
-    second = start("second", peer(connector, "kv_consumer"))
+    second = start("second", peer(TCP, "kv_consumer"))
     answers = decode(second, PROMPTS[:2], told)
     same(answers, wanted[:2])
     assert answers[1]["cached"] in (0, blocks(LENGTHS[1]))  # its lease may have run out
@@ -144,10 +158,10 @@ def test_the_consumer_dies_and_another_comes(
 
 
 def test_the_producer_dies(
-    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine], request: Any
+    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine]
 ) -> None:
     _, consumer = pair
-    producer = start("dies", peer(request.node.callspec.params["pair"], "kv_producer"))
+    producer = start("dies", peer(TCP, "kv_producer"))
     told = prefill(producer, *PROMPTS[:2])
     consumer.ask("reset", connector=True)
     begun = time.monotonic()
@@ -163,11 +177,11 @@ def test_the_producer_dies(
 
 
 def test_a_consumer_of_two_ranks_computes_it(
-    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine], request: Any
+    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine]
 ) -> None:
     """Its pages are cut in another way: a miss, and never garbage."""
     producer, _ = pair
-    consumer = start("ranks", peer(request.node.callspec.params["pair"], "kv_consumer"), tensor_parallel_size=2)
+    consumer = start("ranks", peer(TCP, "kv_consumer"), tensor_parallel_size=2)
     answers = decode(consumer, PROMPTS[:1], prefill(producer, *PROMPTS[:1]))
     same(answers, wanted[:1])
     assert cached(answers) == [0]
