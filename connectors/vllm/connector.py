@@ -193,7 +193,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         state = self._state(request)
         keys = state.keys.loadable(0)
         if self._kv_transfer_config.is_kv_consumer and keys[0]:
-            state.expected = self.scheduler.expect(request.request_id, keys, request.kv_transfer_params)
+            state.expected = self.scheduler.expect(request.request_id, keys, self._told(request.kv_transfer_params))
             self.scheduler.begin(request.request_id, keys)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -247,7 +247,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         is_asked = (request.kv_transfer_params or {}).get("do_remote_decode") is True
         if not is_asked or state is None or not state.stored:
             return False, None
-        return False, self.scheduler.hand_over(state.keys.of_blocks(0, state.stored))
+        told = self.scheduler.hand_over(state.keys.of_blocks(0, state.stored))
+        return False, None if told is None else {f"{name}@{type(self).__name__}": value for name, value in told.items()}
 
     def has_pending_push_work(self) -> bool:
         return self.scheduler.has_open_jobs()
@@ -297,6 +298,16 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.close()
             self._scheduler = None
         self._adapters.close()
+
+    def _told(self, params: dict[str, Any] | None) -> dict[str, Any]:
+        """What was handed over, under the names of the scheduler half. Children of a MultiConnector tell
+        theirs apart; that of a connector like this one comes first."""
+        told: dict[str, Any] = {}
+        for key, value in (params or {}).items():
+            name, _, of = key.partition("@")
+            if name not in told or of == type(self).__name__:
+                told[name] = value
+        return told
 
     def _state(self, request: Request) -> _Request:
         state = self._requests.get(request.request_id)

@@ -175,7 +175,7 @@ def test_servers_killed(wanted: list[dict[str, Any]], tmp_path: Path, model: Pat
     producer._child.send("generate", prompts=[PROMPTS[0]], max_tokens=64)
     time.sleep(0.2)
     producer._child.kill()
-    promised = {"kvstore": {**hand_over["kvstore"], "num_blocks": ALL[0] // 128}}
+    promised = {"kvstore": {**hand_over["kvstore@KVStoreSharedStorageConnector"], "num_blocks": ALL[0] // 128}}
     start = time.monotonic()
     (answer,) = consumer.generate(PROMPTS[0], max_tokens=16, transfer_params=promised)
     same([answer], wanted[:1])

@@ -94,7 +94,9 @@ def is_idle(producer: Engine) -> bool:
 def test_prompts_are_handed_over(pair: tuple[Engine, Engine], wanted: list[dict[str, Any]]) -> None:
     producer, consumer = pair
     told = prefill(producer, *PROMPTS[:3])
-    assert [params["kvstore_peer"]["num_blocks"] * 128 for params in told] == [n // 128 * 128 for n in LENGTHS[:3]]
+    assert [params[f"kvstore_peer@{TCP}"]["num_blocks"] * 128 for params in told] == [
+        n // 128 * 128 for n in LENGTHS[:3]
+    ]
     assert producer.hand_over(PROMPTS[3]) is None  # shorter than a block
     assert not is_idle(producer)
     answers = decode(consumer, PROMPTS[:3], told)
@@ -117,6 +119,35 @@ def test_other_transports(connector: str, wanted: list[dict[str, Any]], start: C
     wait_until(lambda: is_idle(producer))
     for engine in (producer, consumer):
         engine.stop()
+
+
+def test_first_the_peer_then_the_shared_path_then_compute(
+    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """As children of vLLM's MultiConnector, at both ends."""
+
+    def both(role: str) -> dict[str, Any]:
+        shared = {"shared_storage_path": str(tmp_path / "shared"), "shared_capacity_bytes": 256 << 20}
+        children = [peer(TCP, role, lease_s=5.0), peer("KVStoreSharedStorageConnector", role, **shared)]
+        return {
+            "kv_connector": "MultiConnector",
+            "kv_role": role,
+            "kv_connector_extra_config": {"connectors": children},
+        }
+
+    producer, consumer = start("both-producer", both("kv_producer")), start("both-consumer", both("kv_consumer"))
+    told = prefill(producer, *PROMPTS[:2])
+    assert {key.partition("@")[0] for key in told[0]} == {"kvstore_peer", "kvstore"}
+    (first,) = decode(consumer, PROMPTS[:1], told[:1])
+    by_peer = consumer.ask("settle")["stats"]
+    assert by_peer[0]["peer"]["hit_blocks"] == blocks(LENGTHS[0]) // 128
+    producer.stop()  # with all that it held
+    (second,) = decode(consumer, PROMPTS[1:2], told[1:])
+    (third,) = decode(consumer, PROMPTS[2:3], told[1:])
+    same([first, second, third], wanted[:3])
+    assert cached([first, second, third]) == [blocks(LENGTHS[0]), blocks(LENGTHS[1]), 0]
+    assert consumer.ask("settle")["stats"][1]["shared"]["hit_blocks"] >= blocks(LENGTHS[1]) // 128
+    consumer.stop()
 
 
 def test_part_of_it_is_in_the_consumers_own_cache(pair: tuple[Engine, Engine], wanted: list[dict[str, Any]]) -> None:
