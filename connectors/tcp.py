@@ -41,7 +41,7 @@ from kvstore.slot import Rows, Slots
 
 HELLO_NBYTES: Final = 64 << 10
 STEP_NBYTES: Final = 1 << 20  # slots are reported after about so many bytes
-_TOKEN_NBYTES: Final = 32
+TOKEN_NBYTES: Final = 32
 _BUFFER_NBYTES: Final = 4 << 20  # the kernel gives what net.core.*mem_max allows
 _IOV_MAX: Final = 1024
 _MAX_STRANGERS: Final = 16
@@ -150,10 +150,10 @@ class Frame:
         if self.kind is not kind or self.shape != shape:
             raise PipeProtocolError(f"{self.kind.name} of shape {self.shape} came, not {kind.name} of {shape}")
 
-    def place(self, out: torch.Tensor | None) -> torch.Tensor:
-        """Contiguous memory for this tensor: ``out`` where given, which must fit."""
+    def place(self, out: torch.Tensor | None, device: torch.device | None = None) -> torch.Tensor:
+        """Contiguous memory for this tensor: ``out`` where given, which must fit, else on a device."""
         if out is None:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
         if out.dtype != self.dtype or tuple(out.shape) != self.shape or not out.is_contiguous():
             raise PipeProtocolError(
                 f"a tensor of {self.dtype} and shape {self.shape} came, which does not fit where it goes: "
@@ -166,11 +166,6 @@ def to_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor on its device, uint8 and flat; a view where it is contiguous."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8)
-
-
-def to_memory(flat: torch.Tensor) -> memoryview:
-    """Of `to_bytes` in host memory."""
-    return flat.numpy().data
 
 
 # -- hellos
@@ -249,7 +244,7 @@ def seconds_left(deadline: float) -> float:
 # -- sockets
 
 
-class _Stream:
+class Stream:
     """A non-blocking socket with deadlines; one thread at a time sends and receives, any may close."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -260,7 +255,7 @@ class _Stream:
 
     def send(self, parts: list[memoryview], deadline: float) -> None:
         """All of these, which are used up."""
-        first = 0
+        first = _skip(parts, 0, 0)
         with self._in_use:
             while first < len(parts):
                 try:
@@ -272,7 +267,7 @@ class _Stream:
 
     def receive(self, parts: list[memoryview], deadline: float) -> None:
         """Fill all of these, which are used up."""
-        first = 0
+        first = _skip(parts, 0, 0)
         with self._in_use:
             while first < len(parts):
                 try:
@@ -285,6 +280,15 @@ class _Stream:
                 if n == 0:
                     raise PipeClosedError("the pipe was closed")
                 first = _skip(parts, first, n)
+
+    def is_over(self) -> bool:
+        """Whether either end has closed it; what has come before may not have been received."""
+        poll = select.poll()
+        with self._in_use:
+            if self._sock.fileno() < 0:
+                return True
+            poll.register(self._sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
 
     def wait_readable(self, deadline: float) -> None:
         """Raises PipeTimeoutError where nothing comes; an end of the stream counts as something."""
@@ -317,9 +321,9 @@ def _skip(parts: list[memoryview], first: int, nbytes: int) -> int:
 
 
 class TcpPipe(Pipe):
-    """Made by `TcpEnd.join`."""
+    """Made by `TcpEnd.join`. Pipes that move payload by other means take its frames, and its way of ending."""
 
-    def __init__(self, rows: Rows, max_nbytes: int, peer_max_nbytes: int, outward: _Stream, inward: _Stream) -> None:
+    def __init__(self, rows: Rows, max_nbytes: int, peer_max_nbytes: int, outward: Stream, inward: Stream) -> None:
         self._num_slots, self._slot_nbytes = rows.shape
         self._memory = rows.reshape(-1).data
         self._max_nbytes = max_nbytes
@@ -329,11 +333,11 @@ class TcpPipe(Pipe):
     def send_tensor(self, tensor: torch.Tensor | None, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         frame = Frame.of(tensor, self._max_sent_nbytes)
-        parts = [memoryview(frame.pack())]
-        if tensor is not None and frame.nbytes:
-            parts.append(to_memory(to_bytes(tensor).cpu()))
         with self._closed_by_errors():
-            self._out.send(parts, deadline)
+            if tensor is None or not frame.nbytes:
+                self._send_frame(self._out, frame, deadline)
+            else:
+                self._send_bytes(frame, to_bytes(tensor), deadline)
 
     def recv_tensor(self, timeout_s: float, out: torch.Tensor | None = None) -> torch.Tensor | None:
         deadline = time.monotonic() + timeout_s
@@ -343,20 +347,16 @@ class TcpPipe(Pipe):
             if frame.kind is Kind.NONE:
                 return None
             frame.expect(Kind.TENSOR, frame.shape)
-            tensor = frame.place(out)
-            host = tensor.cpu()  # itself, unless it is on a device
+            tensor = self._place(frame, out)
             if frame.nbytes:
-                self._in.receive([to_memory(to_bytes(host))], deadline)
-            if host is not tensor:
-                tensor.copy_(host)
+                self._recv_bytes(to_bytes(tensor), deadline)
             return tensor if out is None else out
 
     def send_slots(self, slots: Slots, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         check_slots(slots, self._num_slots)
-        header = Frame.of_slots(len(slots), self._slot_nbytes).pack()
         with self._closed_by_errors():
-            self._out.send([memoryview(header), *self._parts(slots)], deadline)
+            self._send_rows(Frame.of_slots(len(slots), self._slot_nbytes), slots, deadline)
             self._recv_frame(self._out, deadline).expect(Kind.ACK)
 
     def recv_slots(self, slots: Slots, timeout_s: float) -> Iterator[int]:
@@ -371,15 +371,39 @@ class TcpPipe(Pipe):
         with self._closed_by_errors():
             frame = self._recv_frame(self._in, deadline)
             frame.expect(Kind.SLOTS, (len(slots), self._slot_nbytes))
-            step = max(1, round(STEP_NBYTES / self._slot_nbytes))
-            for start in range(0, len(slots), step):
-                if start:
-                    yield start
-                self._in.receive(self._parts(slots[start : start + step]), deadline)
-            self._in.send([memoryview(Frame(Kind.ACK).pack())], deadline)
+            for come in self._recv_rows(slots, deadline):
+                if come < len(slots):
+                    yield come
+            self._send_frame(self._in, Frame(Kind.ACK), deadline)
         yield len(slots)
 
-    def _recv_frame(self, stream: _Stream, deadline: float) -> Frame:
+    # -- how payload moves; `flat` is contiguous uint8
+
+    def _send_bytes(self, frame: Frame, flat: torch.Tensor, deadline: float) -> None:
+        self._out.send([memoryview(frame.pack()), flat.cpu().numpy().data], deadline)
+
+    def _recv_bytes(self, flat: torch.Tensor, deadline: float) -> None:
+        host = flat.cpu()  # itself, unless it is on a device
+        self._in.receive([host.numpy().data], deadline)
+        if host is not flat:
+            flat.copy_(host)
+
+    def _send_rows(self, frame: Frame, slots: Slots, deadline: float) -> None:
+        self._out.send([memoryview(frame.pack()), *self._parts(slots)], deadline)
+
+    def _recv_rows(self, slots: Slots, deadline: float) -> Iterator[int]:
+        step = max(1, round(STEP_NBYTES / self._slot_nbytes))
+        for start in range(0, len(slots), step):
+            self._in.receive(self._parts(slots[start : start + step]), deadline)
+            yield min(start + step, len(slots))
+
+    def _place(self, frame: Frame, out: torch.Tensor | None) -> torch.Tensor:
+        return frame.place(out)
+
+    def _send_frame(self, stream: Stream, frame: Frame, deadline: float) -> None:
+        stream.send([memoryview(frame.pack())], deadline)
+
+    def _recv_frame(self, stream: Stream, deadline: float) -> Frame:
         header = bytearray(HEADER.size)
         stream.receive([memoryview(header)], deadline)
         return Frame.parse(bytes(header), self._max_nbytes)
@@ -402,7 +426,7 @@ class TcpPipe(Pipe):
 _ROLES: Final = (b"\x01", b"\x02")  # of the client's connections: it sends on the first, receives on the second
 
 
-class _TcpHello(Hello, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TcpHello(Hello, frozen=True, kw_only=True, forbid_unknown_fields=True):
     token: bytes
     host: str = ""
     port: int = 0
@@ -421,12 +445,12 @@ class TcpEnd(PipeEnd):
         self._rows = rows
         self._listener = listen_on(listen, 2 * _MAX_STRANGERS) if is_server else None
         host, port = self._listener.getsockname()[:2] if self._listener is not None else ("", 0)
-        self._hello = _TcpHello(
+        self._hello = TcpHello(
             transport="tcp",
             is_server=is_server,
             slot_nbytes=rows.shape[1],
             max_nbytes=max_nbytes,
-            token=secrets.token_bytes(_TOKEN_NBYTES),
+            token=secrets.token_bytes(TOKEN_NBYTES),
             host=host,
             port=port,
         )
@@ -435,29 +459,32 @@ class TcpEnd(PipeEnd):
         return msgspec.msgpack.encode(self._hello)
 
     def join(self, peer_hello: bytes, timeout_s: float) -> TcpPipe:
-        deadline = time.monotonic() + timeout_s
         theirs = read_hello(peer_hello, self._hello)
-        if len(theirs.token) != _TOKEN_NBYTES:
-            raise PipeProtocolError("the hello has no token")
-        if self._listener is not None:
-            inward, outward = self._accept(self._listener, theirs, deadline)
-        else:
-            outward, inward = self._connect(theirs, deadline)
-        self.close()
+        outward, inward = self._meet(theirs, time.monotonic() + timeout_s)
         return TcpPipe(self._rows, self._hello.max_nbytes, theirs.max_nbytes, outward, inward)
 
     def close(self) -> None:
         if self._listener is not None:
             self._listener.close()
 
-    def _connect(self, theirs: _TcpHello, deadline: float) -> list[_Stream]:
-        streams: list[_Stream] = []
+    def _meet(self, theirs: TcpHello, deadline: float) -> list[Stream]:
+        """The connections for sending and for receiving."""
+        if len(theirs.token) != TOKEN_NBYTES:
+            raise PipeProtocolError("the hello has no token")
+        if self._listener is None:
+            return self._connect(theirs, deadline)
+        streams = self._accept(self._listener, theirs, deadline)
+        self._listener.close()
+        return streams[::-1]
+
+    def _connect(self, theirs: TcpHello, deadline: float) -> list[Stream]:
+        streams: list[Stream] = []
         try:
             for role in _ROLES:
-                streams.append(_Stream(connect_to(theirs.host, theirs.port, deadline)))
+                streams.append(Stream(connect_to(theirs.host, theirs.port, deadline)))
                 streams[-1].send([memoryview(_MAGIC + role + theirs.token)], deadline)
             for stream in streams:
-                answer = bytearray(_TOKEN_NBYTES)
+                answer = bytearray(TOKEN_NBYTES)
                 stream.receive([memoryview(answer)], deadline)
                 if not hmac.compare_digest(answer, self._hello.token):
                     raise PipeProtocolError("who listens there is not the peer")
@@ -467,7 +494,7 @@ class TcpEnd(PipeEnd):
             raise
         return streams
 
-    def _accept(self, listener: socket.socket, theirs: _TcpHello, deadline: float) -> list[_Stream]:
+    def _accept(self, listener: socket.socket, theirs: TcpHello, deadline: float) -> list[Stream]:
         """The peer's two connections; nobody else's, and these are no hindrance."""
         found: dict[bytes, socket.socket] = {}
         with contextlib.ExitStack() as undo, _Strangers(listener, _MAGIC, self._hello.token) as strangers:
@@ -480,7 +507,7 @@ class TcpEnd(PipeEnd):
                     with contextlib.suppress(OSError):  # it is gone again: the pipe will be closed
                         sock.sendall(theirs.token)  # fits into any buffer
             undo.pop_all()
-        return [_Stream(found[role]) for role in _ROLES]
+        return [Stream(found[role]) for role in _ROLES]
 
 
 class _Strangers:

@@ -16,6 +16,7 @@ from connectors.curve_keys import CurveKeys, generate
 from connectors.hand_over import HandOverConfig, HandOverScheduler
 from connectors.lookup_messages import ANSWERS, REQUESTS
 from connectors.lookup_service import LookupService
+from connectors.nccl import NcclEnd
 from connectors.offloading import OffloadingWorker
 from connectors.pipe import Pipe, PipeClosedError, PipeEnd
 from connectors.remote_lookup_buffer import RemoteLookupBuffer
@@ -32,13 +33,24 @@ from tests.waiting import wait_until
 NUM_BLOCKS = 32
 
 
-def tcp(rows: Rows, is_server: bool) -> PipeEnd:
-    return TcpEnd(rows, is_server=is_server)
+ENDS: dict[str, Callable[..., PipeEnd]] = {"tcp": TcpEnd, "gloo": NcclEnd}
+chosen = "tcp"
+
+
+@pytest.fixture(autouse=True, params=ENDS)
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here is run by every transport."""
+    monkeypatch.setattr(f"{__name__}.chosen", request.param)
+    return str(request.param)
+
+
+def make_end(rows: Rows, is_server: bool) -> PipeEnd:
+    return ENDS[chosen](rows, is_server=is_server)
 
 
 def store_config(num_blocks: int = NUM_BLOCKS, identity: KVIdentity = IDENTITY, **settings: Any) -> StoreConfig:
     host = HostTierConfig(num_blocks=num_blocks)
-    return StoreConfig(identity=identity, host=host, put_timeout_s=0.0, load_timeout_s=5.0, **settings)
+    return StoreConfig(identity=identity, host=host, put_timeout_s=0.0, load_timeout_s=2.0, **settings)
 
 
 # -- a peer's buffer as a LookupBuffer
@@ -51,7 +63,7 @@ class Served:
         self.planes = Planes(store_config(num_blocks, identity))
         self.buffer = LocalLookupBuffer(self.planes, lease_s=lease_s)
         rows = self.planes.arena.rows
-        ends = {"tcp": lambda is_server: tcp(rows, is_server)}
+        ends = {chosen: lambda is_server: make_end(rows, is_server)}
         self.service = LookupService(self.buffer, self.planes, ends, transfer_s=5.0)
         self.server = ControlServer("tcp://127.0.0.1:0", self.service.handle, messages=REQUESTS, keys=None)
 
@@ -72,7 +84,7 @@ class Remote:
     def __init__(self, address: str, identity: KVIdentity = IDENTITY, num_blocks: int = NUM_BLOCKS) -> None:
         self.client = ControlClient(address, messages=ANSWERS, keys=None, server_key=None)
         planes = Planes(store_config(num_blocks, identity))
-        self.peer = RemotePeer("served", self.client.ask, planes, "tcp", lambda: tcp(planes.arena.rows, False))
+        self.peer = RemotePeer("served", self.client.ask, planes, chosen, lambda: make_end(planes.arena.rows, False))
         self.buffer = RemoteLookupBuffer(self.peer, planes)
         self.planes = planes
 
@@ -241,7 +253,7 @@ def test_a_miss_is_answered_in_no_time(served: Served, remote: Remote) -> None:
 class Engine(PagedEngine):
     def __init__(self, num_blocks: int = NUM_BLOCKS, num_workers: int = 1, **settings: Any) -> None:
         caches = make_caches(num_workers)
-        hand_over = HandOverConfig(transport="tcp", make_end=tcp, **{"transfer_s": 5.0, **settings})
+        hand_over = HandOverConfig(transport=chosen, make_end=make_end, **{"transfer_s": 5.0, **settings})
         self.half = HandOverScheduler(store_config(num_blocks), num_workers, hand_over=hand_over)
         workers = [OffloadingWorker(Stripe(i, num_workers), groups, 1) for i, groups in enumerate(caches)]
         super().__init__(self.half, workers, caches)
@@ -450,7 +462,7 @@ def test_a_producer_whose_key_is_not_let_in_is_not_asked(
 
 
 def test_wrong_settings(tmp_path: Path) -> None:
-    hand_over = HandOverConfig(transport="tcp", make_end=tcp)
+    hand_over = HandOverConfig(transport=chosen, make_end=make_end)
     with pytest.raises(ConfigError, match="blocks_per_chunk: 2"):
         HandOverScheduler(store_config(blocks_per_chunk=2), 1, hand_over=hand_over)
     disk = DiskTierConfig(path=str(tmp_path), capacity_nbytes=8 << 20)
@@ -458,5 +470,5 @@ def test_wrong_settings(tmp_path: Path) -> None:
         HandOverScheduler(store_config(disk=disk), 1, hand_over=hand_over)
     with pytest.raises(ConfigError, match="listen"):
         HandOverScheduler(
-            store_config(), 1, hand_over=HandOverConfig(transport="tcp", make_end=tcp, listen="tcp://0.0.0.0:0")
+            store_config(), 1, hand_over=HandOverConfig(transport=chosen, make_end=make_end, listen="tcp://0.0.0.0:0")
         )
