@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -38,16 +38,19 @@ class Child:
         module: what to run; it must answer each line with one line.
         folder: where its stderr goes.
         environ: set beside this process's environment.
+        prefix: a command that runs it.
     """
 
-    def __init__(self, name: str, module: str, folder: Path, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, module: str, folder: Path, environ: Mapping[str, str], prefix: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self._stderr_path = folder / f"{name}.stderr"
         root = str(Path(__file__).resolve().parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._stderr_path.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [*prefix, sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
