@@ -44,6 +44,7 @@ STEP_NBYTES: Final = 1 << 20  # slots are reported after about so many bytes
 TOKEN_NBYTES: Final = 32
 _BUFFER_NBYTES: Final = 4 << 20  # the kernel gives what net.core.*mem_max allows
 _IOV_MAX: Final = 1024
+_TIMEVAL: Final = struct.Struct("@ll")  # seconds, microseconds
 _MAX_STRANGERS: Final = 16
 _STRANGER_S: Final = 2.0
 
@@ -84,6 +85,7 @@ class Kind(enum.IntEnum):
     NONE = 2
     SLOTS = 3
     ACK = 4  # of slots: the peer has them
+    GO = 5  # `connectors.nixl`: the peer reads now
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +247,10 @@ def seconds_left(deadline: float) -> float:
 
 
 class Stream:
-    """A non-blocking socket with deadlines; one thread at a time sends and receives, any may close."""
+    """A socket with deadlines; one thread at a time sends and receives, any may close."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+        sock.setblocking(True)  # with deadlines of the kernel's, which then needs no other call to wait
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self._in_use = threading.Lock()  # the socket is not closed below a thread that waits on it
@@ -259,11 +261,14 @@ class Stream:
         with self._in_use:
             while first < len(parts):
                 try:
-                    first = _skip(parts, first, self._sock.sendmsg(parts[first : first + _IOV_MAX]))
+                    n = self._sock.sendmsg(
+                        parts[first : first + _IOV_MAX], [], self._flags(socket.SO_SNDTIMEO, deadline)
+                    )
                 except BlockingIOError:
-                    self._wait(select.POLLOUT, deadline)
+                    raise PipeTimeoutError("the deadline has passed") from None
                 except OSError as e:
                     raise PipeClosedError(f"the pipe was closed: {e.strerror}") from e
+                first = _skip(parts, first, n)
 
     def receive(self, parts: list[memoryview], deadline: float) -> None:
         """Fill all of these, which are used up."""
@@ -271,10 +276,10 @@ class Stream:
         with self._in_use:
             while first < len(parts):
                 try:
-                    n = self._sock.recvmsg_into(parts[first : first + _IOV_MAX])[0]
+                    flags = self._flags(socket.SO_RCVTIMEO, deadline) | socket.MSG_WAITALL
+                    n = self._sock.recvmsg_into(parts[first : first + _IOV_MAX], 0, flags)[0]
                 except BlockingIOError:
-                    self._wait(select.POLLIN, deadline)
-                    continue
+                    raise PipeTimeoutError("the deadline has passed") from None
                 except OSError as e:
                     raise PipeClosedError(f"the pipe was closed: {e.strerror}") from e
                 if n == 0:
@@ -300,6 +305,15 @@ class Stream:
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes up who waits, here and at the peer
         with self._in_use:
             self._sock.close()
+
+    def _flags(self, option: int, deadline: float) -> int:
+        """Have the next call wait until then; for one that must not wait at all there is a flag."""
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return socket.MSG_DONTWAIT
+        seconds, fraction = divmod(left_s, 1)
+        self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), int(fraction * 1e6) or 1))
+        return 0
 
     def _wait(self, event: int, deadline: float) -> None:
         if self._sock.fileno() < 0:
