@@ -144,4 +144,4 @@ class KVStoreNixlConnector(PeerConnector):
     def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
         from connectors.nixl import NixlEnd
 
-        return NixlEnd(rows, is_server=is_server)
+        return NixlEnd(rows, is_server=is_server, listen=host)
