@@ -23,34 +23,46 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import ipaddress
+import logging
+import os
 import queue
 import secrets
+import socket
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from connectors.pipe import PipeClosedError, PipeProtocolError
-from connectors.tcp import TOKEN_NBYTES, Frame, Kind, Stream, TcpEnd, TcpHello, TcpPipe, seconds_left
+from connectors.pipe import MAX_NBYTES, PipeClosedError, PipeError, PipeProtocolError
+from connectors.tcp import TOKEN_NBYTES, Frame, Kind, Stream, TcpEnd, TcpHello, TcpPipe, read_hello, seconds_left
 from kvstore.arena import HostArena
+from kvstore.errors import MissingExtraError
 from kvstore.slot import Rows, Slots
 
 _BOUNCE_NBYTES: Final = 4 << 20  # tensors move in parts of this size; half the arena for each way
 _TRANSFER_NBYTES: Final = 4 << 20
 _WINDOW: Final = 4  # transfers under way
 _PAUSE_S: Final = 50e-6
+_BUSY_S: Final = 0.2  # of a peer that reads: then it is not as busy that each microsecond counts
 T = TypeVar("T")
+
+
+_Address = Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
 
 
 class NixlHello(TcpHello, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metadata: bytes
-    rows: tuple[int, int]  # address, number
-    bounce: int  # address of what the peer reads tensors from
+    rows: tuple[_Address, Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]]  # the first, and how many
+    bounce: _Address  # what the peer reads tensors from
 
 
 class _Agent:
@@ -62,9 +74,12 @@ class _Agent:
     def __init__(self, regions: list[tuple[int, int]]) -> None:
         api = _import_nixl()
         self._lock = threading.Lock()
-        self._name = secrets.token_hex(8)
-        self._nixl: Any = api.nixl_agent(self._name, api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
-        self._registered: Any = self._nixl.register_memory([(*region, 0, "") for region in regions], "DRAM")
+        config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        try:
+            self._nixl: Any = api.nixl_agent(secrets.token_hex(8), config)
+            self._registered: Any = self._nixl.register_memory([(*region, 0, "") for region in regions], "DRAM")
+        except Exception as e:
+            raise PipeError(f"NIXL does not get going: {type(e).__name__}: {e}") from e
         self._peer: Any = None
         self._rows: list[Any] = []  # mine, the peer's
         self._transfers: dict[int, Any] = {}
@@ -104,16 +119,20 @@ class _Agent:
             transfer = self._transfers.get(number)
             if transfer is None:
                 return True
-            if self._nixl.check_xfer_state(transfer) == "PROC":
-                return False
-            self._end(number)
-            return True
+            state = self._nixl.check_xfer_state(transfer)
+            if state != "PROC":
+                self._end(number, state)
+            return bool(state != "PROC")
 
         return self._call(is_done)
 
     def move_on(self) -> None:
         """Let the peer read."""
-        self._call(lambda: self._nixl.get_new_notifs())
+
+        def move_on() -> None:
+            self._nixl.get_new_notifs()
+
+        self._call(move_on)
 
     def close(self) -> None:
         with self._lock:
@@ -136,14 +155,15 @@ class _Agent:
         def begin() -> int:
             self._next += 1
             self._transfers[self._next] = make()
-            if self._nixl.transfer(self._transfers[self._next]) != "PROC":
-                self._end(self._next)
+            state = self._nixl.transfer(self._transfers[self._next])
+            if state != "PROC":
+                self._end(self._next, state)
             return self._next
 
         return self._call(begin)
 
-    def _end(self, number: int) -> None:
-        if self._nixl.check_xfer_state(self._transfers[number]) != "DONE":
+    def _end(self, number: int, state: str) -> None:
+        if state != "DONE":
             raise RuntimeError("a transfer has failed")
         self._transfers.pop(number).release()
 
@@ -170,36 +190,37 @@ class NixlPipe(TcpPipe):
         bounce: HostArena,
     ) -> None:
         super().__init__(rows, hellos[0].max_nbytes, hellos[1].max_nbytes, *streams)
-        self._theirs = hellos[1]
-        self._agent = agent
+        self._mine, self._theirs = hellos
+        self._agent, self._arena = agent, bounce
         self._bounce = torch.from_numpy(bounce.rows)  # [0] is read by the peer, [1] is read into
 
     def close(self) -> None:
         super().close()
         self._agent.close()
+        self._arena.close()  # goes with the last view of it
 
-    def prove(self, mine: bytes, theirs: bytes, deadline: float) -> None:
+    def prove(self, deadline: float) -> None:
         """Read one's own token where the peer has put it; this also makes the connection.
 
         Raises:
             PipeProtocolError, PipeClosedError, PipeTimeoutError
         """
         with self._closed_by_errors():
-            self._bounce[0, :TOKEN_NBYTES] = torch.frombuffer(bytearray(theirs), dtype=torch.uint8)
+            self._bounce[0, :TOKEN_NBYTES] = torch.frombuffer(bytearray(self._theirs.token), dtype=torch.uint8)
             self._send_frame(self._out, Frame(Kind.GO), deadline)  # it is there
             self._recv_frame(self._in, deadline).expect(Kind.GO)
             self._read_bounce(TOKEN_NBYTES, deadline)
-            if not hmac.compare_digest(self._bounce[1, :TOKEN_NBYTES].numpy().tobytes(), mine):
+            if not hmac.compare_digest(self._bounce[1, :TOKEN_NBYTES].numpy().tobytes(), self._mine.token):
                 raise PipeProtocolError("whose memory was read is not the peer")
             self._send_frame(self._in, Frame(Kind.ACK), deadline)
-            self._let_read(deadline)
+            self._await_ack(deadline)
 
     def _send_bytes(self, frame: Frame, flat: torch.Tensor, deadline: float) -> None:
         for start in range(0, len(flat), _BOUNCE_NBYTES):
             part = flat[start : start + _BOUNCE_NBYTES]
             self._bounce[0, : len(part)] = part
             self._send_frame(self._out, frame if start == 0 else Frame(Kind.GO), deadline)
-            self._wait_until_read(deadline)
+            self._await_ack(deadline)
 
     def _recv_bytes(self, flat: torch.Tensor, deadline: float) -> None:
         for start in range(0, len(flat), _BOUNCE_NBYTES):
@@ -213,7 +234,6 @@ class NixlPipe(TcpPipe):
     def _send_rows(self, frame: Frame, slots: Slots, deadline: float) -> None:
         numbers = slots.astype("<i8")
         self._out.send([memoryview(frame.pack()), numbers.view(np.uint8).data], deadline)
-        self._wait_until_read(deadline)
 
     def _recv_rows(self, slots: Slots, deadline: float) -> Iterator[int]:
         theirs = np.empty(len(slots), dtype="<i8")
@@ -286,18 +306,91 @@ class NixlPipe(TcpPipe):
                 raise PipeClosedError("the pipe was closed")
             time.sleep(min(_PAUSE_S, seconds_left(deadline)))
 
-    # -- and at the sender
-
-    def _wait_until_read(self, deadline: float) -> None:
-        """Until an ACK comes, which for slots `send_slots` takes."""
-
-    def _let_read(self, deadline: float) -> None:
-        """Until the peer says ACK."""
+    def _await_ack(self, deadline: float) -> None:
+        frame = self._recv_frame(self._out, deadline)
+        if frame.kind is Kind.GO:
+            calm = time.monotonic() + _BUSY_S
+            while not self._out.is_readable(0.0 if time.monotonic() < calm else 1e-3):
+                self._agent.move_on()
+                seconds_left(deadline)
+            frame = self._recv_frame(self._out, deadline)
+        frame.expect(Kind.ACK)
 
 
 class NixlEnd(TcpEnd):
-    """Raises MissingExtraError where nixl is not installed."""
+    """
+    Args:
+        rows: all of these, and nothing else that is not the pipe's own, can be read by the peer.
+        listen: as for TCP; where UCX listens, UCX_NET_DEVICES says.
+    """
+
+    def __init__(self, rows: Rows, *, is_server: bool, max_nbytes: int = MAX_NBYTES, listen: str = "127.0.0.1") -> None:
+        """
+        Raises:
+            MissingExtraError: nixl is not installed.
+            ConfigError, PipeError: NIXL does not get going.
+        """
+        super().__init__(rows, is_server=is_server, max_nbytes=max_nbytes, listen=listen)
+        self._bounce: HostArena | None = None
+        try:
+            _import_nixl(is_local=ipaddress.ip_address(socket.gethostbyname(listen)).is_loopback)
+            self._bounce = HostArena(2, _BOUNCE_NBYTES)
+            places = [(memory.ctypes.data, memory.nbytes) for memory in (rows, self._bounce.rows)]
+            self._agent: _Agent | None = _Agent(places)
+            self._nixl_hello = NixlHello(
+                **{**msgspec.structs.asdict(self._hello), "transport": "nixl"},
+                metadata=self._agent.metadata(),
+                rows=(places[0][0], len(rows)),
+                bounce=places[1][0],
+            )
+        except BaseException:
+            self._agent = None
+            self.close()
+            raise
+
+    def hello(self) -> bytes:
+        return msgspec.msgpack.encode(self._nixl_hello)
+
+    def join(self, peer_hello: bytes, timeout_s: float) -> NixlPipe:
+        deadline = time.monotonic() + timeout_s
+        mine, theirs = self._nixl_hello, read_hello(peer_hello, self._nixl_hello)
+        if self._agent is None or self._bounce is None:
+            raise PipeClosedError("the end was closed, or joined before")
+        self._agent.meet(theirs.metadata, *[_places_of(hello) for hello in (mine, theirs)])
+        outward, inward = self._meet(theirs, deadline)
+        pipe = NixlPipe(self._rows, (mine, theirs), (outward, inward), self._agent, self._bounce)
+        self._agent = self._bounce = None
+        pipe.prove(deadline)
+        return pipe
+
+    def close(self) -> None:
+        super().close()
+        if self._agent is not None:
+            self._agent.close()
+        if self._bounce is not None:
+            self._bounce.close()
+        self._agent = self._bounce = None
 
 
-def _import_nixl() -> Any:
-    raise NotImplementedError
+def _places_of(hello: NixlHello) -> NDArray[np.uint64]:
+    """Of rows, as NIXL takes them: address, size and device."""
+    first, count = hello.rows
+    places = np.zeros((count, 3), dtype=np.uint64)
+    places[:, 0] = first + np.arange(count, dtype=np.uint64) * np.uint64(hello.slot_nbytes)
+    places[:, 1] = hello.slot_nbytes
+    return places
+
+
+def _import_nixl(*, is_local: bool = False) -> Any:
+    if "nixl" not in sys.modules:
+        if is_local:
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
+        if not any(Path("/sys/class/infiniband").glob("*")):
+            os.environ.setdefault("UCX_MODULES", "^ib")
+    try:
+        from nixl import _api
+    except ImportError as e:
+        raise MissingExtraError("nixl", "nixl") from e
+    if "NIXL_LOG_LEVEL" not in os.environ:  # it tells on stdout whatever it does
+        logging.getLogger("nixl").setLevel(logging.WARNING)
+    return _api

@@ -85,7 +85,7 @@ class Kind(enum.IntEnum):
     NONE = 2
     SLOTS = 3
     ACK = 4  # of slots: the peer has them
-    GO = 5  # `connectors.nixl`: the peer reads now
+    GO = 5  # of `connectors.nixl`
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +295,14 @@ class Stream:
             poll.register(self._sock, select.POLLRDHUP)
             return bool(poll.poll(0))
 
+    def is_readable(self, wait_s: float = 0.0) -> bool:
+        """Whether something comes, of which an end is one."""
+        try:
+            self.wait_readable(time.monotonic() + wait_s)
+        except PipeTimeoutError:
+            return False
+        return True
+
     def wait_readable(self, deadline: float) -> None:
         """Raises PipeTimeoutError where nothing comes; an end of the stream counts as something."""
         with self._in_use:
@@ -371,7 +379,7 @@ class TcpPipe(Pipe):
         check_slots(slots, self._num_slots)
         with self._closed_by_errors():
             self._send_rows(Frame.of_slots(len(slots), self._slot_nbytes), slots, deadline)
-            self._recv_frame(self._out, deadline).expect(Kind.ACK)
+            self._await_ack(deadline)
 
     def recv_slots(self, slots: Slots, timeout_s: float) -> Iterator[int]:
         check_slots(slots, self._num_slots)
@@ -410,6 +418,9 @@ class TcpPipe(Pipe):
         for start in range(0, len(slots), step):
             self._in.receive(self._parts(slots[start : start + step]), deadline)
             yield min(start + step, len(slots))
+
+    def _await_ack(self, deadline: float) -> None:
+        self._recv_frame(self._out, deadline).expect(Kind.ACK)
 
     def _place(self, frame: Frame, out: torch.Tensor | None) -> torch.Tensor:
         return frame.place(out)

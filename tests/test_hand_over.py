@@ -17,6 +17,7 @@ from connectors.hand_over import HandOverConfig, HandOverScheduler
 from connectors.lookup_messages import ANSWERS, REQUESTS
 from connectors.lookup_service import LookupService
 from connectors.nccl import NcclEnd
+from connectors.nixl import NixlEnd
 from connectors.offloading import OffloadingWorker
 from connectors.pipe import Pipe, PipeClosedError, PipeEnd
 from connectors.remote_lookup_buffer import RemoteLookupBuffer
@@ -33,7 +34,7 @@ from tests.waiting import wait_until
 NUM_BLOCKS = 32
 
 
-ENDS: dict[str, Callable[..., PipeEnd]] = {"tcp": TcpEnd, "gloo": NcclEnd}
+ENDS: dict[str, Callable[..., PipeEnd]] = {"tcp": TcpEnd, "gloo": NcclEnd, "nixl": NixlEnd}
 chosen = "tcp"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from connectors.nccl import NcclEnd
+from connectors.nixl import NixlEnd
 from connectors.tcp import TcpEnd
 from connectors.testing import PipeTests
 
@@ -15,3 +16,7 @@ class TestNcclPipe(PipeTests):
     """By gloo; NCCL needs a GPU for each end."""
 
     end = NcclEnd
+
+
+class TestNixlPipe(PipeTests):
+    end = NixlEnd

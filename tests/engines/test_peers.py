@@ -107,7 +107,7 @@ def test_prompts_are_handed_over(pair: tuple[Engine, Engine], wanted: list[dict[
     consumer.metrics(lambda found: found.get(f"hit_blocks{{{TCP},peer}}", 0) > 0)
 
 
-@pytest.mark.parametrize("connector", ["KVStoreNcclConnector"])
+@pytest.mark.parametrize("connector", ["KVStoreNcclConnector", "KVStoreNixlConnector"])
 def test_other_transports(connector: str, wanted: list[dict[str, Any]], start: Callable[..., Engine]) -> None:
     producer, consumer = (
         start("other-producer", peer(connector, "kv_producer")),
