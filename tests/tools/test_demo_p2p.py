@@ -14,8 +14,8 @@ from rich.console import Console
 
 pytest.importorskip("aiohttp")
 
-from tools.demo_p2p.report import P2pDemoResult, TransportRow, print_result  # noqa: E402
-from tools.demo_vllm.client import Answer, Request  # noqa: E402
+from tools.demo_p2p.report import P2pDemoResult, TransportRow, print_result
+from tools.demo_vllm.client import Answer, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 
