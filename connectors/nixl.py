@@ -8,10 +8,10 @@ of both for as long as the process lives, wherever UCX copies between processes 
 Agents have no progress thread, which would keep a core busy for each pipe even when nothing moves
 (NIXL 1.5.1), and is slower: who waits moves things on.
 
-After an error nothing is written into the receiver's slots: not because a transfer was aborted, which
-NIXL says of one that goes on and writes, but because the agent is destroyed first. One thing follows
-from that where UCX has only tcp: a peer that was stopped (SIGSTOP) while being read from, and goes on
-after this end has given up or died, is ended by UCX itself ("Fatal: unexpected error: Endpoint timeout").
+After an error nothing is written into the receiver's slots: not because a transfer was released, which
+NIXL allows of one that goes on and writes, but because the agent is destroyed first. Where UCX has only
+tcp, a peer that was stopped (SIGSTOP) while it was read from may not survive that: it goes on, and UCX
+ends the process ("Fatal: unexpected error: Endpoint timeout"; 1 of 60 times).
 
 Set where they are not, before nixl is imported, as UCX reads them then:
 
@@ -23,12 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import ipaddress
 import logging
 import os
-import queue
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -43,15 +40,27 @@ import torch
 from numpy.typing import NDArray
 
 from connectors.pipe import MAX_NBYTES, PipeClosedError, PipeError, PipeProtocolError
-from connectors.tcp import TOKEN_NBYTES, Frame, Kind, Stream, TcpEnd, TcpHello, TcpPipe, read_hello, seconds_left
+from connectors.tcp import (
+    TOKEN_NBYTES,
+    Frame,
+    Kind,
+    Stream,
+    TcpEnd,
+    TcpHello,
+    TcpPipe,
+    is_loopback,
+    read_hello,
+    seconds_left,
+)
 from kvstore.arena import HostArena
 from kvstore.errors import MissingExtraError
 from kvstore.slot import Rows, Slots
 
 _BOUNCE_NBYTES: Final = 4 << 20  # tensors move in parts of this size; half the arena for each way
-_TRANSFER_NBYTES: Final = 4 << 20
-_WINDOW: Final = 4  # transfers under way
+_TRANSFER_NBYTES: Final = 2 << 20
+_WINDOW: Final = 32  # transfers under way
 _PAUSE_S: Final = 50e-6
+_MOVES: Final = 8  # between two looks at the socket
 _BUSY_S: Final = 0.2  # of a peer that reads: then it is not as busy that each microsecond counts
 T = TypeVar("T")
 
@@ -199,13 +208,14 @@ class NixlPipe(TcpPipe):
         self._agent.close()
         self._arena.close()  # goes with the last view of it
 
-    def prove(self, deadline: float) -> None:
+    def meet(self, deadline: float) -> None:
         """Read one's own token where the peer has put it; this also makes the connection.
 
         Raises:
             PipeProtocolError, PipeClosedError, PipeTimeoutError
         """
         with self._closed_by_errors():
+            self._agent.meet(self._theirs.metadata, _places_of(self._mine), _places_of(self._theirs))
             self._bounce[0, :TOKEN_NBYTES] = torch.frombuffer(bytearray(self._theirs.token), dtype=torch.uint8)
             self._send_frame(self._out, Frame(Kind.GO), deadline)  # it is there
             self._recv_frame(self._in, deadline).expect(Kind.GO)
@@ -241,52 +251,21 @@ class NixlPipe(TcpPipe):
         if len(theirs) and not 0 <= theirs.min() <= theirs.max() < self._theirs.rows[1]:
             raise PipeProtocolError(f"the peer has {self._theirs.rows[1]} slots, but sends others")
         step = max(1, _TRANSFER_NBYTES // self._slot_nbytes)
-        if len(slots) <= step:
-            yield from self._read_rows(slots, theirs, step, deadline)
-        else:
-            yield from self._beside(self._read_rows(slots, theirs, step, deadline))
-
-    def _read_rows(self, slots: Slots, theirs: Slots, step: int, deadline: float) -> Iterator[int]:
-        under_way: deque[tuple[int, int]] = deque()
+        under_way: deque[tuple[int, int]] = deque()  # how many slots have come with it, and its number
         told = False
         for start in range(0, len(slots), step):
-            if len(under_way) == _WINDOW:
-                yield from self._finish(under_way, deadline)
             part = slice(start, start + step)
             under_way.append((min(start + step, len(slots)), self._agent.read_rows(slots[part], theirs[part])))
             told = told or self._ask_for_help(under_way[-1][1], deadline)
+            while under_way and (len(under_way) >= _WINDOW or self._agent.is_done(under_way[0][1])):
+                yield self._finish(under_way, deadline)
         while under_way:
-            yield from self._finish(under_way, deadline)
+            yield self._finish(under_way, deadline)
 
-    def _finish(self, under_way: deque[tuple[int, int]], deadline: float) -> Iterator[int]:
+    def _finish(self, under_way: deque[tuple[int, int]], deadline: float) -> int:
         come, number = under_way.popleft()
         self._wait_for(number, deadline)
-        yield come
-
-    def _beside(self, reading: Iterator[int]) -> Iterator[int]:
-        """In a thread of its own: most of it is copying, while what has come is looked at here."""
-        news: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-
-        def read() -> None:
-            try:
-                for come in reading:
-                    news.put(come)
-                news.put(None)
-            except BaseException as e:
-                news.put(e)
-
-        thread = threading.Thread(target=read, name="kvstore-nixl", daemon=True)
-        thread.start()
-        try:
-            while (new := news.get()) is not None:
-                if isinstance(new, BaseException):
-                    raise new
-                yield new
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            thread.join()  # it ends when it is done, or the agent is closed
+        return come
 
     def _read_bounce(self, nbytes: int, deadline: float) -> None:
         number = self._agent.read(self._bounce[1].data_ptr(), self._theirs.bounce, nbytes)
@@ -311,7 +290,8 @@ class NixlPipe(TcpPipe):
         if frame.kind is Kind.GO:
             calm = time.monotonic() + _BUSY_S
             while not self._out.is_readable(0.0 if time.monotonic() < calm else 1e-3):
-                self._agent.move_on()
+                for _ in range(_MOVES):
+                    self._agent.move_on()
                 seconds_left(deadline)
             frame = self._recv_frame(self._out, deadline)
         frame.expect(Kind.ACK)
@@ -333,7 +313,7 @@ class NixlEnd(TcpEnd):
         super().__init__(rows, is_server=is_server, max_nbytes=max_nbytes, listen=listen)
         self._bounce: HostArena | None = None
         try:
-            _import_nixl(is_local=ipaddress.ip_address(socket.gethostbyname(listen)).is_loopback)
+            _import_nixl(is_local=is_loopback(listen))
             self._bounce = HostArena(2, _BOUNCE_NBYTES)
             places = [(memory.ctypes.data, memory.nbytes) for memory in (rows, self._bounce.rows)]
             self._agent: _Agent | None = _Agent(places)
@@ -356,11 +336,10 @@ class NixlEnd(TcpEnd):
         mine, theirs = self._nixl_hello, read_hello(peer_hello, self._nixl_hello)
         if self._agent is None or self._bounce is None:
             raise PipeClosedError("the end was closed, or joined before")
-        self._agent.meet(theirs.metadata, *[_places_of(hello) for hello in (mine, theirs)])
         outward, inward = self._meet(theirs, deadline)
         pipe = NixlPipe(self._rows, (mine, theirs), (outward, inward), self._agent, self._bounce)
         self._agent = self._bounce = None
-        pipe.prove(deadline)
+        pipe.meet(deadline)
         return pipe
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -605,15 +605,16 @@ class _Strangers:
         return self._open.pop(fd)[0]
 
 
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(_resolve(address)[1][0]).is_loopback
+
+
 def listen_on(address: str, backlog: int) -> socket.socket:
     """A listening socket on a port that is free; raises ConfigError where there is no such address here."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
-        if ipaddress.ip_address(where[0]).is_unspecified:
-            raise ConfigError(f"listen: got {address!r}; give the one address that the peer reaches this host by")
-        sock = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as e:
-        raise ConfigError(f"listen: {address!r} is no address: {e}") from e
+    family, where = _resolve(address)
+    if ipaddress.ip_address(where[0]).is_unspecified:
+        raise ConfigError(f"listen: got {address!r}; give the one address that the peer reaches this host by")
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         _enlarge(sock)  # what it accepts has the same
         sock.bind(where)
@@ -623,6 +624,14 @@ def listen_on(address: str, backlog: int) -> socket.socket:
         sock.close()
         raise ConfigError(f"listen: {address!r} is no address of this host: {e}") from e
     return sock
+
+
+def _resolve(address: str) -> tuple[socket.AddressFamily, Any]:
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    except OSError as e:
+        raise ConfigError(f"listen: {address!r} is no address: {e}") from e
+    return family, where
 
 
 def connect_to(host: str, port: int, deadline: float) -> socket.socket:

@@ -1,11 +1,37 @@
-"""Pipes: the suite of `connectors.testing` over every transport, and what only one of them can do."""
+"""Pipes: the suite of `connectors.testing` over every transport, and what is peculiar to them."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import ClassVar
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
 from connectors.nccl import NcclEnd
 from connectors.nixl import NixlEnd
-from connectors.tcp import TcpEnd
+from connectors.pipe import Pipe, PipeClosedError, PipeEnd, PipeError, PipeProtocolError, PipeTimeoutError
+from connectors.tcp import HEADER, Frame, Kind, Stream, TcpEnd, TcpPipe
 from connectors.testing import PipeTests
+from connectors.testing.pipe import MAX_NBYTES, SLOT_NBYTES, assert_closed, at_once, carry, join, raised
+from kvstore.errors import ConfigError, MissingExtraError
+
+TIMEOUT_S = 30.0
+needs_nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
+every_end = pytest.mark.parametrize("end", [TcpEnd, NcclEnd, pytest.param(NixlEnd, marks=needs_nixl)])
 
 
 class TestTcpPipe(PipeTests):
@@ -13,10 +39,282 @@ class TestTcpPipe(PipeTests):
 
 
 class TestNcclPipe(PipeTests):
-    """By gloo; NCCL needs a GPU for each end."""
+    """By gloo: NCCL needs a GPU for each end."""
 
     end = NcclEnd
 
 
+@needs_nixl
 class TestNixlPipe(PipeTests):
+    """By what UCX finds best, which within a host is to copy from the peer's memory."""
+
     end = NixlEnd
+
+
+@needs_nixl
+@pytest.mark.slow
+class TestNixlPipeByTcp(PipeTests):
+    """As between hosts without InfiniBand."""
+
+    end = NixlEnd
+    env: ClassVar = {"UCX_TLS": "tcp"}
+    peers_survive_a_stop = False  # mostly, but see connectors.nixl
+
+    @pytest.fixture(autouse=True)
+    def only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+def make_rows() -> np.ndarray:
+    return np.zeros((4, SLOT_NBYTES), dtype=np.uint8)
+
+
+@pytest.fixture
+def pair(end: type[TcpEnd]) -> Iterator[tuple[TcpPipe, TcpPipe]]:
+    ends = [end(make_rows(), is_server=is_server, max_nbytes=MAX_NBYTES) for is_server in (True, False)]
+    pipes = join(*ends)
+    for pipe in pipes:
+        assert isinstance(pipe, TcpPipe)
+    yield pipes[0], pipes[1]
+    for opened in (*pipes, *ends):
+        opened.close()
+
+
+# -- all of them
+
+
+@every_end
+def test_listens_on_loopback_only(pair: tuple[Pipe, Pipe], end: type[TcpEnd]) -> None:
+    with_ends = [end(make_rows(), is_server=is_server) for is_server in (True, False)]
+    listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert set(listening) == {"127.0.0.1"}
+    for opened in with_ends:
+        opened.close()
+
+
+@every_end
+@pytest.mark.parametrize("shape", [(MAX_NBYTES + 1,), (1 << 60,), (1 << 20, 1 << 20)])
+def test_a_header_of_too_much_is_refused_before_memory_is_had(
+    pair: tuple[TcpPipe, TcpPipe], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not(*_: object) -> torch.Tensor:
+        raise AssertionError("memory was allocated")
+
+    monkeypatch.setattr(Frame, "place", must_not)
+    pair[0]._out.send([memoryview(Frame(Kind.TENSOR, torch.uint8, shape).pack())], time.monotonic() + TIMEOUT_S)
+    with pytest.raises(PipeProtocolError, match="at most"):
+        pair[1].recv_tensor(TIMEOUT_S)
+    assert_closed(*pair)
+
+
+@every_end
+@pytest.mark.parametrize("listen", ["0.0.0.0", "::", "192.0.2.77", "no such host.invalid"])
+def test_addresses_that_are_none_of_this_host(end: type[TcpEnd], listen: str) -> None:
+    with pytest.raises(ConfigError, match="listen"):
+        end(make_rows(), is_server=True, listen=listen)
+
+
+@every_end
+@pytest.mark.parametrize(
+    "rows", [np.zeros(8192, np.uint8), np.zeros((2, 4096), np.int8), np.zeros((4, 8192), np.uint8)[:, ::2]]
+)
+def test_rows_that_are_no_slots(end: type[TcpEnd], rows: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match="rows"):
+        end(rows, is_server=True)
+
+
+@every_end
+def test_a_largest_tensor_that_is_none(end: type[TcpEnd]) -> None:
+    with pytest.raises(ConfigError, match="max_nbytes"):
+        end(make_rows(), is_server=True, max_nbytes=0)
+
+
+def test_ends_that_take_tensors_of_other_sizes() -> None:
+    ends = TcpEnd(make_rows(), is_server=True, max_nbytes=100), TcpEnd(make_rows(), is_server=False, max_nbytes=200)
+    a, b = join(*ends)
+    with a, b:
+        for one, other in ((a, b), (b, a)):
+            with pytest.raises(PipeProtocolError, match="at most 100"):
+                one.send_tensor(torch.zeros(101, dtype=torch.uint8), TIMEOUT_S)
+            assert carry(one, other, torch.zeros(100, dtype=torch.uint8)) is not None
+
+
+# -- TCP
+
+
+def connect(hello: bytes) -> socket.socket:
+    fields = msgspec.msgpack.decode(hello)
+    return socket.create_connection((fields["host"], fields["port"]), timeout=TIMEOUT_S)
+
+
+@every_end
+def test_strangers_are_dropped_and_are_no_hindrance(end: type[TcpEnd]) -> None:
+    server, client = end(make_rows(), is_server=True), end(make_rows(), is_server=False)
+    token = msgspec.msgpack.decode(server.hello())["token"]
+    shown = [b"", b"GET / HTTP/1.1\r\n\r\n" * 9, b"KVP1\x01" + bytes(32), b"KVP1\x07" + token, b"XXXX\x01" + token]
+    strangers = [connect(server.hello()) for _ in range(20)]
+    for i, stranger in enumerate(strangers):
+        stranger.sendall(shown[i % len(shown)])
+    strangers[1].close()
+    a, b = join(server, client)
+    assert carry(a, b, torch.arange(3)) is not None
+    for stranger in strangers[2:]:
+        with contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+        stranger.close()
+    strangers[0].close()
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.hello())
+    for opened in (a, b, server, client):
+        opened.close()
+
+
+def test_only_strangers_come() -> None:
+    server, client = TcpEnd(make_rows(), is_server=True), TcpEnd(make_rows(), is_server=False)
+    stop = threading.Event()
+
+    def bother() -> None:
+        while not stop.is_set():
+            with connect(server.hello()) as stranger:
+                stranger.sendall(bytes(37))
+                stop.wait(0.01)
+
+    thread = threading.Thread(target=bother)
+    thread.start()
+    error, seconds = raised(lambda: server.join(client.hello(), 0.5))
+    stop.set()
+    thread.join()
+    assert isinstance(error, PipeTimeoutError) and 0.5 <= seconds < TIMEOUT_S
+    server.close()
+    client.close()
+
+
+def test_who_listens_there_is_not_the_peer() -> None:
+    """He learns a token that is worth nothing any more, and gets nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as thief:
+        server, client = TcpEnd(make_rows(), is_server=True), TcpEnd(make_rows(), is_server=False)
+        fields = msgspec.msgpack.decode(server.hello())
+        server.close()
+        hello = msgspec.msgpack.encode({**fields, "port": thief.getsockname()[1]})
+
+        def steal() -> None:
+            for conn in [thief.accept()[0] for _ in range(2)]:
+                with conn:
+                    conn.sendall(bytes(32))
+
+        _, (error, _) = at_once(steal, lambda: raised(lambda: client.join(hello, TIMEOUT_S)))
+        assert isinstance(error, PipeProtocolError)
+        client.close()
+
+
+def make_streams() -> tuple[socket.socket, Stream]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        mine = socket.create_connection(listener.getsockname())
+        return mine, Stream(listener.accept()[0])
+
+
+def garbage(rng: random.Random) -> bytes:
+    """A header of random bytes, or a good one with some of its bytes changed."""
+    if rng.random() < 0.3:
+        return rng.randbytes(HEADER.size)
+    shape = [rng.choice((0, 1, 2, 7, 4096, 1 << 33, (1 << 64) - 1)) for _ in range(rng.randrange(5))]
+    good = bytearray(Frame(Kind.TENSOR, torch.float32, tuple(rng.randrange(9) for _ in range(rng.randrange(5)))).pack())
+    for size, at in zip(shape, range(16, HEADER.size, 8), strict=False):
+        if rng.random() < 0.3:
+            good[at : at + 8] = size.to_bytes(8, "little")
+    for _ in range(rng.randrange(4)):
+        good[rng.randrange(24) if rng.random() < 0.7 else rng.randrange(HEADER.size)] = rng.randrange(256)
+    return bytes(good)
+
+
+def test_garbage_is_refused_or_is_small() -> None:
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(2000):
+        try:
+            frame = Frame.parse(garbage(rng), 4096)
+        except PipeProtocolError:
+            refused += 1
+        else:
+            assert frame.kind is not Kind.TENSOR or frame.place(None).nbytes <= 4096
+    assert 1000 < refused < 2000
+
+
+def take_all(pipe: Pipe, are_slots: bool) -> None:
+    while True:
+        if are_slots:
+            list(pipe.recv_slots(np.arange(2), TIMEOUT_S))
+        else:
+            pipe.recv_tensor(TIMEOUT_S)
+
+
+def test_garbage_on_a_pipe_closes_it() -> None:
+    rng = random.Random(1)
+    for i in range(300):
+        (mine, inward), (other, outward) = make_streams(), make_streams()
+        with mine, other, TcpPipe(make_rows(), 4096, 4096, outward, inward) as pipe:
+            mine.sendall(garbage(rng) + rng.randbytes(rng.randrange(64)))
+            mine.shutdown(socket.SHUT_WR)
+            error, _ = raised(partial(take_all, pipe, i % 2 == 0))
+            assert isinstance(error, PipeProtocolError | PipeClosedError)
+            assert isinstance(raised(partial(pipe.send_tensor, None, TIMEOUT_S))[0], PipeError)
+
+
+# -- NCCL and gloo
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_without_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="leave device out to use gloo"):
+        NcclEnd(make_rows(), is_server=True, device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match="CUDA device"):
+        NcclEnd(make_rows(), is_server=True, device=torch.device("meta"))
+
+
+def test_beside_another_default_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = dict(os.environ)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ends = [NcclEnd(make_rows(), is_server=is_server) for is_server in (True, False)]
+        a, b = join(*ends)
+        with a, b:
+            assert torch.equal(carry(a, b, torch.arange(5)), torch.arange(5))
+            x = torch.ones(3)
+            dist.all_reduce(x)
+            assert torch.equal(carry(b, a, x), x)
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+    assert dict(os.environ) == environment
+
+
+# -- NIXL
+
+
+def test_nixl_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    with pytest.raises(MissingExtraError, match=r"kvstore\[nixl\]"):
+        NixlEnd(make_rows(), is_server=True)
+
+
+@needs_nixl
+@pytest.mark.parametrize("end", [NixlEnd])
+@pytest.mark.parametrize("slot", [4, -1, 1 << 62])
+def test_slots_that_the_peer_has_not_registered(pair: tuple[TcpPipe, TcpPipe], slot: int) -> None:
+    frame = Frame.of_slots(1, SLOT_NBYTES)
+    pair[0]._out.send(
+        [memoryview(frame.pack()), np.array([slot], dtype="<i8").view(np.uint8).data], time.monotonic() + TIMEOUT_S
+    )
+    with pytest.raises(PipeProtocolError, match="4 slots"):
+        list(pair[1].recv_slots(np.arange(1), TIMEOUT_S))
+    assert_closed(*pair)
+
+
+@needs_nixl
+def test_nixl_is_asked_for_where_the_peer_has_something_else() -> None:
+    ends: list[PipeEnd] = [NixlEnd(make_rows(), is_server=True), TcpEnd(make_rows(), is_server=False)]
+    for one, other in (ends, ends[::-1]):
+        with pytest.raises(PipeProtocolError, match="the peer's pipe is"):
+            one.join(other.hello(), TIMEOUT_S)
+    for end in ends:
+        end.close()
