@@ -37,8 +37,8 @@ from kvstore.tiers.base import TierStats
 
 logger = logging.getLogger(__name__)
 
-MakeEnd = Callable[[Rows, bool], PipeEnd]
-"""Over rows; told whether it is the server's."""
+MakeEnd = Callable[[Rows, bool, bool], PipeEnd]
+"""Over rows; told whether it is the server's, and whether it offers rows to the peer."""
 
 _FIELD: Final = "kvstore_peer"
 _MOST_PEERS: Final = 64
@@ -51,6 +51,7 @@ class HandOverConfig:
     listen: where this engine's control channel listens, ``tcp://host:port``; port 0 takes a free one.
     advertise: the address that other hosts reach it at; by default the one it listens at.
     keys: who this engine is, and whose public keys are let in; needed beyond loopback.
+    hands_over: others take from this engine; else it only takes.
     lease_s: how long what nobody takes is held.
     transfer_s: deadline of one transfer.
     """
@@ -60,6 +61,7 @@ class HandOverConfig:
     listen: str = "tcp://127.0.0.1:0"
     advertise: str | None = None
     keys: CurveKeys | None = None
+    hands_over: bool = True
     lease_s: float = 60.0
     transfer_s: float = 30.0
 
@@ -103,7 +105,7 @@ class HandOverScheduler(OffloadingScheduler):
         super().__init__(config, num_workers, windows, PeerIo(self._peers.of_keys, config.load_timeout_s))
         self._peers.use(self._planes)
         planes, make_end = self._planes, hand_over.make_end
-        ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server)}
+        ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server, hand_over.hands_over)}
         self._buffer = LocalLookupBuffer(planes, lease_s=hand_over.lease_s)
         self._service = LookupService(self._buffer, planes, ends, transfer_s=hand_over.transfer_s)
         self._server: ControlServer | None = None
@@ -269,7 +271,7 @@ class Peers:
             logger.warning("a request names a producer that cannot be asked: %s", e)
             return None
         rows = planes.arena.rows
-        peer = RemotePeer(address, client.ask, planes, self._config.transport, lambda: make_end(rows, False))
+        peer = RemotePeer(address, client.ask, planes, self._config.transport, lambda: make_end(rows, False, False))
         self._connections[address] = _Connection(client, peer)
         return self._connections[address]
 

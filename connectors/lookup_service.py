@@ -273,7 +273,7 @@ class LookupService:
         if not good:
             self._buffer.give_back(ticket.item, ticket.slots)
             raise ControlRefusedError("what came is not what was to be inserted")
-        self._buffer.publish(ticket.keys, ticket.slots, ticket.current)
+        self._buffer.publish(ticket.keys, ticket.slots, ticket.current, ticket.item)
         return Done()
 
     # -- pipes

@@ -1,9 +1,15 @@
 """A pipe over NIXL: the receiver reads the sender's registered slots, one-sided.
 
 What is to be read, that it was read, deadlines and ends go over the sockets of `connectors.tcp`;
-NIXL's metadata goes in `hello`, never through its own listener. Registered are the rows of an end
-and a small arena that tensors go by. That is a capability: who has a hello can read, and write, all
-of both for as long as the process lives, wherever UCX copies between processes by itself (cma).
+NIXL's metadata goes in `hello`, never through its own listener.
+
+    sender    rows, where it offers them   [registered]
+    receiver  landing -> copied -> rows    [only the landing is registered]
+
+Registered memory is a capability: who has a hello can read it, and on most transports write it. So what
+is received is copied out of it before anyone verifies it. Landing and copy stay in the processor's cache,
+which makes up for the copy. Where UCX copies between processes by itself (cma), a peer of
+the same user can write any memory of this process, registered or not.
 
 Agents have no progress thread, which would keep a core busy for each pipe even when nothing moves
 (NIXL 1.5.1), and is slower: who waits moves things on.
@@ -31,6 +37,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -54,11 +61,13 @@ from connectors.tcp import (
 )
 from kvstore.arena import HostArena
 from kvstore.errors import MissingExtraError
-from kvstore.slot import Rows, Slots
+from kvstore.slot import ALIGNMENT, Rows, Slots
 
-_BOUNCE_NBYTES: Final = 4 << 20  # tensors move in parts of this size; half the arena for each way
-_TRANSFER_NBYTES: Final = 2 << 20
-_WINDOW: Final = 32  # transfers under way
+_BOUNCE_NBYTES: Final = 8 << 20  # for each way; tensors move in parts of this size
+_CELL_NBYTES: Final = 1 << 20  # a slot lands in cells of this size, or in a smaller one
+_TRANSFER_NBYTES: Final = 3 << 19
+_TOLD_NBYTES: Final = 2 << 20  # slots are reported after about so many bytes
+_MOST_CELLS: Final = 1 << 24
 _PAUSE_S: Final = 50e-6
 _MOVES: Final = 8  # between two looks at the socket
 _BUSY_S: Final = 0.2  # of a peer that reads: then it is not as busy that each microsecond counts
@@ -70,7 +79,7 @@ _Address = Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
 
 class NixlHello(TcpHello, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metadata: bytes
-    rows: tuple[_Address, Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]]  # the first, and how many
+    rows: tuple[_Address, Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]]  # the first, and how many are offered
     bounce: _Address  # what the peer reads tensors from
 
 
@@ -90,7 +99,7 @@ class _Agent:
         except Exception as e:
             raise PipeError(f"NIXL does not get going: {type(e).__name__}: {e}") from e
         self._peer: Any = None
-        self._rows: list[Any] = []  # mine, the peer's
+        self._cells: list[Any] = []  # mine, the peer's
         self._transfers: dict[int, Any] = {}
         self._next = 0
 
@@ -98,19 +107,20 @@ class _Agent:
         return self._call(lambda: bytes(self._nixl.get_agent_metadata()))
 
     def meet(self, metadata: bytes, mine: NDArray[np.uint64], theirs: NDArray[np.uint64]) -> None:
-        """Get to know the peer, and where both have their rows."""
+        """Get to know the peer, and where its cells are, and mine to read them into: (n, 3) each."""
 
         def meet() -> None:
             self._peer = self._nixl.add_remote_agent(metadata)
-            for name, rows in (("NIXL_INIT_AGENT", mine), (self._peer, theirs)):
-                self._rows.append(self._nixl.prep_xfer_dlist(name, rows, "DRAM"))
+            if len(theirs):
+                for name, cells in (("NIXL_INIT_AGENT", mine), (self._peer, theirs)):
+                    self._cells.append(self._nixl.prep_xfer_dlist(name, cells, "DRAM"))
 
         self._call(meet)
 
-    def read_rows(self, into: Slots, of: Slots) -> int:
-        """Begin to read rows of the peer into rows of this end; the transfer's number."""
+    def read_cells(self, into: NDArray[np.int64], of: NDArray[np.int64]) -> int:
+        """Begin to read cells of the peer into cells of this end, as one transfer; its number."""
         mine, theirs = into.astype(np.int32), of.astype(np.int32)
-        return self._begin(lambda: self._nixl.make_prepped_xfer("READ", self._rows[0], mine, self._rows[1], theirs))
+        return self._begin(lambda: self._nixl.make_prepped_xfer("READ", self._cells[0], mine, self._cells[1], theirs))
 
     def read(self, into: int, of: int, nbytes: int) -> int:
         """Begin to read between two addresses; the transfer's number."""
@@ -149,7 +159,7 @@ class _Agent:
                 return
             for undo in (
                 *[transfer.release for transfer in self._transfers.values()],
-                *[rows.release for rows in self._rows],
+                *[cells.release for cells in self._cells],
                 *[lambda: self._nixl.remove_remote_agent(self._peer)][: self._peer is not None],
                 lambda: self._nixl.deregister_memory(self._registered),
             ):
@@ -157,7 +167,7 @@ class _Agent:
                     undo()
             del undo
             self._transfers.clear()
-            self._rows.clear()
+            self._cells.clear()
             self._nixl = self._registered = None
 
     def _begin(self, make: Callable[[], Any]) -> int:
@@ -187,6 +197,57 @@ class _Agent:
         raise PipeClosedError(f"the pipe was closed: {problem}")  # not from it: see above
 
 
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """How slots are cut to land: each into ``per_slot`` cells of ``nbytes``, the last one of ``last_nbytes``."""
+
+    slot_nbytes: int
+    nbytes: int
+    per_slot: int
+
+    @classmethod
+    def of(cls, slot_nbytes: int) -> _Cells:
+        parts = -(-slot_nbytes // _CELL_NBYTES)
+        nbytes = -(-slot_nbytes // parts // ALIGNMENT) * ALIGNMENT if parts > 1 else slot_nbytes
+        return cls(slot_nbytes, nbytes, -(-slot_nbytes // nbytes))
+
+    @property
+    def last_nbytes(self) -> int:
+        return self.slot_nbytes - (self.per_slot - 1) * self.nbytes
+
+    @property
+    def num_landing(self) -> int:
+        return _BOUNCE_NBYTES // self.nbytes
+
+    def of_rows(self, first: int, count: int) -> NDArray[np.uint64]:
+        """Of ``count`` slots from address ``first`` on, slot by slot; shape (count * per_slot, 3), as NIXL takes them:
+        address, size and device."""
+        starts = first + np.arange(count)[:, None] * self.slot_nbytes + np.arange(self.per_slot) * self.nbytes
+        places = np.zeros((count, self.per_slot, 3), dtype=np.uint64)
+        places[:, :, 0] = starts
+        places[:, :, 1] = self.nbytes
+        places[:, -1, 1] = self.last_nbytes
+        return places.reshape(-1, 3)
+
+    def of_landing(self, first: int) -> NDArray[np.uint64]:
+        """Of the landing at address ``first``, as whole cells, then as last ones; shape (2 * num_landing, 3)."""
+        places = np.zeros((2, self.num_landing, 3), dtype=np.uint64)
+        places[:, :, 0] = first + np.arange(self.num_landing) * self.nbytes
+        places[0, :, 1] = self.nbytes
+        places[1, :, 1] = self.last_nbytes
+        return places.reshape(-1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A transfer: cells [first, end) of what is received, in the landing from cell ``at`` on."""
+
+    number: int
+    first: int
+    end: int
+    at: int
+
+
 class NixlPipe(TcpPipe):
     """Made by `NixlEnd.join`."""
 
@@ -202,6 +263,8 @@ class NixlPipe(TcpPipe):
         self._mine, self._theirs = hellos
         self._agent, self._arena = agent, bounce
         self._bounce = torch.from_numpy(bounce.rows)  # [0] is read by the peer, [1] is read into
+        self._rows, self._landing = rows, bounce.rows[1]
+        self._cells = _Cells.of(rows.shape[1])
 
     def close(self) -> None:
         super().close()
@@ -215,7 +278,8 @@ class NixlPipe(TcpPipe):
             PipeProtocolError, PipeClosedError, PipeTimeoutError
         """
         with self._closed_by_errors():
-            self._agent.meet(self._theirs.metadata, _places_of(self._mine), _places_of(self._theirs))
+            theirs = self._cells.of_rows(*self._theirs.rows)
+            self._agent.meet(self._theirs.metadata, self._cells.of_landing(self._landing.ctypes.data), theirs)
             self._bounce[0, :TOKEN_NBYTES] = torch.frombuffer(bytearray(self._theirs.token), dtype=torch.uint8)
             self._send_frame(self._out, Frame(Kind.GO), deadline)  # it is there
             self._recv_frame(self._in, deadline).expect(Kind.GO)
@@ -242,30 +306,50 @@ class NixlPipe(TcpPipe):
             self._send_frame(self._in, Frame(Kind.ACK), deadline)
 
     def _send_rows(self, frame: Frame, slots: Slots, deadline: float) -> None:
-        numbers = slots.astype("<i8")
-        self._out.send([memoryview(frame.pack()), numbers.view(np.uint8).data], deadline)
+        if len(slots) and not self._mine.rows[1]:
+            raise PipeProtocolError("slots: this end offers none")
+        self._out.send([memoryview(frame.pack()), slots.astype("<i8").view(np.uint8).data], deadline)
 
     def _recv_rows(self, slots: Slots, deadline: float) -> Iterator[int]:
         theirs = np.empty(len(slots), dtype="<i8")
         self._in.receive([theirs.view(np.uint8).data], deadline)
         if len(theirs) and not 0 <= theirs.min() <= theirs.max() < self._theirs.rows[1]:
-            raise PipeProtocolError(f"the peer has {self._theirs.rows[1]} slots, but sends others")
-        step = max(1, _TRANSFER_NBYTES // self._slot_nbytes)
-        under_way: deque[tuple[int, int]] = deque()  # how many slots have come with it, and its number
-        told = False
-        for start in range(0, len(slots), step):
-            part = slice(start, start + step)
-            under_way.append((min(start + step, len(slots)), self._agent.read_rows(slots[part], theirs[part])))
-            told = told or self._ask_for_help(under_way[-1][1], deadline)
-            while under_way and (len(under_way) >= _WINDOW or self._agent.is_done(under_way[0][1])):
-                yield self._finish(under_way, deadline)
-        while under_way:
-            yield self._finish(under_way, deadline)
+            raise PipeProtocolError(f"the peer offers {self._theirs.rows[1]} slots, but sends others")
+        per_slot, total = self._cells.per_slot, len(slots) * self._cells.per_slot
+        step = max(1, min(self._cells.num_landing, _TRANSFER_NBYTES // self._cells.nbytes))
+        free = list(
+            range(0, self._cells.num_landing - step + 1, step)
+        )  # last in, first out: that is still in the cache
+        cells = (theirs[:, None] * per_slot + np.arange(per_slot)).reshape(-1)
+        under_way: deque[_UnderWay] = deque()
+        come, told = 0, False
+        for first in range(0, total, step):
+            end, at = min(first + step, total), free.pop()
+            under_way.append(_UnderWay(self._read(cells, first, end, at), first, end, at))
+            told = told or self._ask_for_help(under_way[-1].number, deadline)
+            while under_way and (end == total or not free or self._agent.is_done(under_way[0].number)):
+                free.append(under_way[0].at)
+                landed = self._land(under_way.popleft(), slots, deadline)
+                if (landed - come) * self._slot_nbytes >= _TOLD_NBYTES or landed == len(slots) > come:
+                    come = landed
+                    yield come
 
-    def _finish(self, under_way: deque[tuple[int, int]], deadline: float) -> int:
-        come, number = under_way.popleft()
-        self._wait_for(number, deadline)
-        return come
+    def _read(self, cells: NDArray[np.int64], first: int, end: int, at: int) -> int:
+        """Begin to read cells [first, end) into the landing; the transfer's number."""
+        is_last = np.arange(first, end) % self._cells.per_slot == self._cells.per_slot - 1
+        into = np.arange(at, at + end - first) + self._cells.num_landing * is_last
+        return self._agent.read_cells(into, cells[first:end])
+
+    def _land(self, transfer: _UnderWay, slots: Slots, deadline: float) -> int:
+        """Copy what has come to where it belongs; how many leading slots are whole by then."""
+        self._wait_for(transfer.number, deadline)
+        cells, per_slot = self._cells, self._cells.per_slot
+        for i in range(transfer.first, transfer.end):
+            slot, part = slots[i // per_slot], i % per_slot
+            nbytes = cells.last_nbytes if part == per_slot - 1 else cells.nbytes
+            start = (transfer.at + i - transfer.first) * cells.nbytes
+            self._rows[slot, part * cells.nbytes :][:nbytes] = self._landing[start : start + nbytes]
+        return transfer.end // per_slot
 
     def _read_bounce(self, nbytes: int, deadline: float) -> None:
         number = self._agent.read(self._bounce[1].data_ptr(), self._theirs.bounce, nbytes)
@@ -300,11 +384,20 @@ class NixlPipe(TcpPipe):
 class NixlEnd(TcpEnd):
     """
     Args:
-        rows: all of these, and nothing else that is not the pipe's own, can be read by the peer.
         listen: as for TCP; where UCX listens, UCX_NET_DEVICES says.
+        offers: rows are registered, all of them, and nothing else that is not the pipe's own; an end that
+            offers none only receives slots.
     """
 
-    def __init__(self, rows: Rows, *, is_server: bool, max_nbytes: int = MAX_NBYTES, listen: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        is_server: bool,
+        max_nbytes: int = MAX_NBYTES,
+        listen: str = "127.0.0.1",
+        offers: bool = True,
+    ) -> None:
         """
         Raises:
             MissingExtraError: nixl is not installed.
@@ -315,13 +408,14 @@ class NixlEnd(TcpEnd):
         try:
             _import_nixl(is_local=is_loopback(listen))
             self._bounce = HostArena(2, _BOUNCE_NBYTES)
-            places = [(memory.ctypes.data, memory.nbytes) for memory in (rows, self._bounce.rows)]
-            self._agent: _Agent | None = _Agent(places)
+            offered = [rows] if offers else []
+            regions = [(memory.ctypes.data, memory.nbytes) for memory in (*offered, self._bounce.rows)]
+            self._agent: _Agent | None = _Agent(regions)
             self._nixl_hello = NixlHello(
                 **{**msgspec.structs.asdict(self._hello), "transport": "nixl"},
                 metadata=self._agent.metadata(),
-                rows=(places[0][0], len(rows)),
-                bounce=places[1][0],
+                rows=(rows.ctypes.data, len(rows)) if offers else (0, 0),
+                bounce=self._bounce.rows.ctypes.data,
             )
         except BaseException:
             self._agent = None
@@ -336,6 +430,8 @@ class NixlEnd(TcpEnd):
         mine, theirs = self._nixl_hello, read_hello(peer_hello, self._nixl_hello)
         if self._agent is None or self._bounce is None:
             raise PipeClosedError("the end was closed, or joined before")
+        if theirs.rows[1] * _Cells.of(theirs.slot_nbytes).per_slot > _MOST_CELLS:
+            raise PipeProtocolError(f"{theirs.rows[1]} slots of {theirs.slot_nbytes} bytes are offered: too many")
         outward, inward = self._meet(theirs, deadline)
         pipe = NixlPipe(self._rows, (mine, theirs), (outward, inward), self._agent, self._bounce)
         self._agent = self._bounce = None
@@ -349,15 +445,6 @@ class NixlEnd(TcpEnd):
         if self._bounce is not None:
             self._bounce.close()
         self._agent = self._bounce = None
-
-
-def _places_of(hello: NixlHello) -> NDArray[np.uint64]:
-    """Of rows, as NIXL takes them: address, size and device."""
-    first, count = hello.rows
-    places = np.zeros((count, 3), dtype=np.uint64)
-    places[:, 0] = first + np.arange(count, dtype=np.uint64) * np.uint64(hello.slot_nbytes)
-    places[:, 1] = hello.slot_nbytes
-    return places
 
 
 def _import_nixl(*, is_local: bool = False) -> Any:

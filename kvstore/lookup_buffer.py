@@ -163,7 +163,7 @@ class LocalLookupBuffer(LookupBuffer):
         except BaseException:
             self.give_back(item, slots)
             raise
-        self.publish([keys[i] for i in absent], slots, current)
+        self.publish([keys[i] for i in absent], slots, current, item)
         return True
 
     def drop_select(self, keys: Sequence[BlockKey], out: torch.Tensor, *, timeout_s: float) -> int:
@@ -182,6 +182,7 @@ class LocalLookupBuffer(LookupBuffer):
 
     def reserve(self, keys: Sequence[BlockKey], deadline: float) -> tuple[Item, list[int], Slots] | None:
         """Claim keys and take a slot for each that is not there, to be filled; all of them or, at the deadline, none.
+        The lease begins when there is room.
 
         Returns:
             The claim, which of the keys the slots are for, and the slots: for `publish` or `give_back`.
@@ -197,31 +198,47 @@ class LocalLookupBuffer(LookupBuffer):
         if not self._inserting.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return None
         try:
-            item = self.hold(keys)  # what is there cannot go meanwhile
+            item = self.hold(keys, deadline + self._lease_s)  # what is there cannot go meanwhile
             absent = np.flatnonzero(~self._manager.contains(keys)).tolist()
             slots = self._reserve(len(absent), deadline)
             if slots is None:
                 self.cancel(item)
                 return None
+            item.expires = time.monotonic() + self._lease_s
             return item, absent, slots
         finally:
             self._inserting.release()
 
-    def publish(self, keys: Sequence[BlockKey], slots: Slots, current: tuple[int, bytes]) -> None:
-        """Filled slots, one for each key, can be selected by who claims them; ``current``: see `Planes.publish`."""
+    def publish(
+        self, keys: Sequence[BlockKey], slots: Slots, current: tuple[int, bytes], item: Item | None = None
+    ) -> None:
+        """Filled slots, one for each key, can be selected by who claims them.
+
+        Args:
+            current: see `Planes.publish`.
+            item: that they were reserved for; what nobody claims any more by now is dropped.
+        """
         ready = self._planes.publish(slots, keys_to_array(keys)[:, None, :], current, pins=1)
         with self._lock:
-            self._pin([key for key in keys if key in self._claims])  # whoever has a claim finds them
+            claimed = [key for key in keys if key in self._claims]
+            self._pin(claimed)  # whoever has a claim finds them
         self._manager.unpin(ready)  # before that nobody else may evict them
+        if item is not None and len(claimed) < len(keys):
+            self._manager.drop(list(set(keys).difference(claimed)))
 
     def give_back(self, item: Item, slots: Slots) -> None:
         """What was reserved will not be filled."""
         self._manager.give_back(slots)
         self.cancel(item)
 
-    def hold(self, keys: Sequence[BlockKey]) -> Item:
-        """Claim keys, of which some may be published later; until then they have room that is not theirs yet."""
-        item = Item(secrets.randbits(63), list(keys), time.monotonic() + self._lease_s, set(keys))
+    def hold(self, keys: Sequence[BlockKey], expires: float | None = None) -> Item:
+        """Claim keys, of which some may be published later; until then they have room that is not theirs yet.
+
+        Args:
+            expires: on the clock of `time.monotonic`; by default the lease begins now.
+        """
+        expires = time.monotonic() + self._lease_s if expires is None else expires
+        item = Item(secrets.randbits(63), list(keys), expires, set(keys))
         with self._lock:
             self._items[item.number] = item
             for key in item.left:

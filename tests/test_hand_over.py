@@ -45,8 +45,9 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return str(request.param)
 
 
-def make_end(rows: Rows, is_server: bool) -> PipeEnd:
-    return ENDS[chosen](rows, is_server=is_server)
+def make_end(rows: Rows, is_server: bool, offers: bool = True) -> PipeEnd:
+    may_not = {} if offers or chosen != "nixl" else {"offers": False}
+    return ENDS[chosen](rows, is_server=is_server, **may_not)
 
 
 def store_config(num_blocks: int = NUM_BLOCKS, identity: KVIdentity = IDENTITY, **settings: Any) -> StoreConfig:

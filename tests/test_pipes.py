@@ -311,6 +311,37 @@ def test_slots_that_the_peer_has_not_registered(pair: tuple[TcpPipe, TcpPipe], s
 
 
 @needs_nixl
+@pytest.mark.parametrize("slot_nbytes", [4096, 1 << 20, (1 << 20) + 4096, (5 << 20) + 8192, 9 << 20])
+def test_slots_of_more_than_one_cell(slot_nbytes: int) -> None:
+    """They come by way of the landing, which may be smaller than one slot."""
+    rng = np.random.default_rng(0)
+    memories = [rng.integers(0, 256, (7, slot_nbytes), dtype=np.uint8), np.zeros((5, slot_nbytes), dtype=np.uint8)]
+    pipes = join(*(NixlEnd(rows, is_server=i == 0) for i, rows in enumerate(memories)))
+    sent, into = np.array([6, 0, 3, 5]), np.array([1, 4, 0, 2])
+    with pipes[0], pipes[1]:
+        came, _ = at_once(
+            lambda: list(pipes[1].recv_slots(into, TIMEOUT_S)), lambda: pipes[0].send_slots(sent, TIMEOUT_S)
+        )
+    assert came == sorted(set(came)) and came[-1] == 4
+    assert np.array_equal(memories[1][into], memories[0][sent])
+    assert not memories[1][3].any()
+
+
+@needs_nixl
+def test_an_end_that_offers_nothing() -> None:
+    """Its peer is told of no rows, and cannot be sent any; it receives."""
+    rows = [make_rows(), make_rows()]
+    rows[0][:] = 7
+    a, b = join(NixlEnd(rows[0], is_server=True), NixlEnd(rows[1], is_server=False, offers=False))
+    with a, b:
+        at_once(lambda: list(b.recv_slots(np.arange(4), TIMEOUT_S)), lambda: a.send_slots(np.arange(4), TIMEOUT_S))
+        assert (rows[1] == 7).all()
+        assert a._theirs.rows == (0, 0)
+        with pytest.raises(PipeProtocolError, match="offers none"):
+            b.send_slots(np.arange(1), TIMEOUT_S)
+
+
+@needs_nixl
 def test_nixl_is_asked_for_where_the_peer_has_something_else() -> None:
     ends: list[PipeEnd] = [NixlEnd(make_rows(), is_server=True), TcpEnd(make_rows(), is_server=False)]
     for one, other in (ends, ends[::-1]):

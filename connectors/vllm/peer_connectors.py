@@ -82,8 +82,13 @@ class PeerConnector(KVStoreConnector):
 
     @staticmethod
     @abstractmethod
-    def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
-        """A pipe's end; ``host`` is the address that a server's end listens at, and is reached at."""
+    def make_end(rows: Rows, is_server: bool, offers: bool, host: str) -> PipeEnd:
+        """A pipe's end.
+
+        Args:
+            offers: the peer may take rows.
+            host: the address that a server's end listens at, and is reached at.
+        """
 
     def configure(self, identity: KVIdentity, extra: Mapping[str, Any]) -> None:
         with named_in(EXTRA_CONFIG):
@@ -95,10 +100,11 @@ class PeerConnector(KVStoreConnector):
         host = (mine.advertise or mine.listen).removeprefix("tcp://").rpartition(":")[0].strip("[]")
         self._hand_over = HandOverConfig(
             transport=self.transport,
-            make_end=lambda rows, is_server: self.make_end(rows, is_server, host),
+            make_end=lambda rows, is_server, offers: self.make_end(rows, is_server, offers, host),
             listen=mine.listen,
             advertise=mine.advertise,
             keys=keys,
+            hands_over=self._kv_transfer_config.is_kv_producer,
             lease_s=mine.lease_s,
             transfer_s=mine.transfer_timeout_s,
         )
@@ -117,7 +123,7 @@ class KVStoreTcpConnector(PeerConnector):
     transport = "tcp"
 
     @staticmethod
-    def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
+    def make_end(rows: Rows, is_server: bool, offers: bool, host: str) -> PipeEnd:
         from connectors.tcp import TcpEnd
 
         return TcpEnd(rows, is_server=is_server, listen=host)
@@ -129,7 +135,7 @@ class KVStoreNcclConnector(PeerConnector):
     transport = "nccl"
 
     @staticmethod
-    def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
+    def make_end(rows: Rows, is_server: bool, offers: bool, host: str) -> PipeEnd:
         from connectors.nccl import NcclEnd
 
         return NcclEnd(rows, is_server=is_server, listen=host)
@@ -141,7 +147,7 @@ class KVStoreNixlConnector(PeerConnector):
     transport = "nixl"
 
     @staticmethod
-    def make_end(rows: Rows, is_server: bool, host: str) -> PipeEnd:
+    def make_end(rows: Rows, is_server: bool, offers: bool, host: str) -> PipeEnd:
         from connectors.nixl import NixlEnd
 
-        return NixlEnd(rows, is_server=is_server, listen=host)
+        return NixlEnd(rows, is_server=is_server, listen=host, offers=offers)

@@ -28,7 +28,7 @@ class Host:
     """Commands; every answer is JSON."""
 
     def start(self, address: str, keys: str, transport: str, load_timeout_s: float) -> dict[str, Any]:
-        def make_end(rows: Rows, is_server: bool) -> PipeEnd:
+        def make_end(rows: Rows, is_server: bool, offers: bool) -> PipeEnd:
             end: PipeEnd = ENDS[transport](rows, is_server=is_server, listen=address)
             return end
 

@@ -34,8 +34,8 @@ _KEYS: Final = 256
 _PIPES: Final[tuple[tuple[str, str, dict[str, str], float, str], ...]] = (
     ("tcp", "TCP pipe", {}, 0.85, "sendmsg and recv_into of the same memory"),
     ("gloo", "gloo pipe", {}, 0.9, "one tensor of as many bytes by gloo"),
-    ("nixl", "NIXL pipe, UCX over tcp", {"UCX_TLS": "tcp,self"}, 0.9, "one READ of all slots by NIXL"),
-    ("nixl", "NIXL pipe, UCX with cma", {"UCX_TLS": "tcp,cma,self"}, 0.75, "one READ of all slots by NIXL"),
+    ("nixl", "NIXL pipe, UCX over tcp", {"UCX_TLS": "tcp,self"}, 0.9, "one READ of all slots, once told to"),
+    ("nixl", "NIXL pipe, UCX with cma", {"UCX_TLS": "tcp,cma,self"}, 0.75, "one READ of all slots, once told to"),
 )  # fmt: skip
 _UCX: Final = {"UCX_NET_DEVICES": "lo", "UCX_MODULES": "^ib"}
 

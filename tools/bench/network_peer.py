@@ -137,7 +137,7 @@ class BareGloo:
 
 
 class BareNixl:
-    """One READ of all slots, by the client."""
+    """One READ of all slots, by the client, once a byte has told it to."""
 
     def __init__(self, is_server: bool) -> None:
         os.environ.setdefault("UCX_MODULES", "^ib")
@@ -147,20 +147,28 @@ class BareNixl:
         config = nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
         self._agent = nixl_agent(f"bare-{'server' if is_server else 'client'}", config)
         self._agent.register_memory([(self._rows.ctypes.data, self._rows.nbytes, 0, "")], "DRAM")
+        self._is_server = is_server
+        self._socket = socket.create_server((LOOPBACK, 0)) if is_server else socket.socket()
 
     def hello(self) -> str:
-        return f"{self._rows.ctypes.data} {self._agent.get_agent_metadata().hex()}"
+        port = self._socket.getsockname()[1] if self._is_server else 0
+        return f"{port} {self._rows.ctypes.data} {self._agent.get_agent_metadata().hex()}"
 
     def join(self, peer_hello: str) -> None:
-        address, _, metadata = peer_hello.partition(" ")
+        port, address, metadata = peer_hello.split()
+        if self._is_server:
+            self._socket = self._socket.accept()[0]
+        else:
+            self._socket.connect((LOOPBACK, int(port)))
         peer = self._agent.add_remote_agent(bytes.fromhex(metadata))
         self._mine = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", _slots_at(self._rows.ctypes.data), "DRAM")
         self._theirs = self._agent.prep_xfer_dlist(peer, _slots_at(int(address)), "DRAM")
 
     def send(self) -> None:
-        """The client reads."""
+        self._socket.sendall(b"\0")
 
     def receive(self) -> None:
+        self._socket.recv(1)
         every = np.arange(NUM_SLOTS, dtype=np.int32)
         handle = self._agent.make_prepped_xfer("READ", self._mine, every, self._theirs, every)
         state = self._agent.transfer(handle)
