@@ -58,8 +58,12 @@ class SchedulerHalf(ABC):
         """
         return 0
 
-    def hand_over(self, keys: Keys) -> dict[str, Any] | None:
-        """What another engine is to be told of a prompt that this one has stored; JSON."""
+    def hand_over(self, keys: Keys, params: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """What another engine is to be told of a prompt that this one has stored; JSON.
+
+        Args:
+            params: that came with the request; not trusted.
+        """
         return None
 
     @abstractmethod

@@ -17,20 +17,21 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from connectors.base import Keys
+from connectors.base import Blocks, Keys
 from connectors.control import ControlClient, ControlServer
 from connectors.curve_keys import CurveKeys
 from connectors.lookup_messages import ANSWERS, REQUESTS
 from connectors.lookup_service import LookupService
 from connectors.offloading import OffloadingScheduler
 from connectors.pipe import PipeEnd
+from connectors.push import Pushes
 from connectors.remote_lookup_buffer import PeerIo
 from connectors.remote_peer import RemotePeer
 from connectors.tier_sampler import COUNTERS
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.keys import BlockKey, array_to_keys
-from kvstore.lookup_buffer import LocalLookupBuffer
+from kvstore.lookup_buffer import Item, LocalLookupBuffer
 from kvstore.planes import Planes
 from kvstore.slot import KeyArray, Rows, Slots
 from kvstore.tiers.base import TierStats
@@ -41,6 +42,7 @@ MakeEnd = Callable[[Rows, bool, bool], PipeEnd]
 """Over rows; told whether it is the server's, and whether it offers rows to the peer."""
 
 _FIELD: Final = "kvstore_peer"
+_PUSH_TO: Final = "kvstore_push_to"
 _MOST_PEERS: Final = 64
 
 
@@ -54,6 +56,8 @@ class HandOverConfig:
     hands_over: others take from this engine; else it only takes.
     lease_s: how long what nobody takes is held.
     transfer_s: deadline of one transfer.
+    push: send a prompt's blocks to its consumer as soon as they are there, where the request names
+        one; what could not be pushed is pulled.
     """
 
     transport: str
@@ -64,6 +68,14 @@ class HandOverConfig:
     hands_over: bool = True
     lease_s: float = 60.0
     transfer_s: float = 30.0
+    push: bool = False
+
+
+class PushTo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which consumer a request will go to, by way of whoever routes it; JSON. As in `HandOver`."""
+
+    address: Annotated[str, msgspec.Meta(max_length=256)]
+    key: Annotated[str, msgspec.Meta(max_length=64)]
 
 
 class HandOver(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +84,7 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         address, key: of the producer's control channel, and its public key; empty without keys.
         num_blocks: leading blocks of the prompt that it holds, or is about to.
+        is_pushed: they are on their way to the consumer.
     """
 
     address: Annotated[str, msgspec.Meta(max_length=256)]
@@ -79,10 +92,14 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
     id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     num_blocks: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     namespace: Annotated[str, msgspec.Meta(max_length=64)]
+    is_pushed: bool = False
 
 
 class HandOverScheduler(OffloadingScheduler):
     """The scheduler half; its worker half is `connectors.offloading.OffloadingWorker`.
+
+    Attributes:
+        address, public_key: of this engine's control channel, for others; the key is empty without keys.
 
     Raises:
         ConfigError: as `OffloadingScheduler`; chunks of more than one block, lower tiers, or an
@@ -101,35 +118,40 @@ class HandOverScheduler(OffloadingScheduler):
             raise ConfigError(f"blocks_per_chunk: {config.blocks_per_chunk}; hand-overs take 1")
         if config.disk is not None or config.shared is not None:
             raise ConfigError("disk, shared: set; tiers belong to another connector beside this one")
-        self._peers = Peers(hand_over)
+        self._peers, self._consumers = Peers(hand_over, offers=False), Peers(hand_over, offers=True)
+        self._pushed: dict[str, list[BlockKey]] = {}  # to this engine, by request
+        self._push = hand_over.push
         super().__init__(config, num_workers, windows, PeerIo(self._peers.of_keys, config.load_timeout_s))
         self._peers.use(self._planes)
+        self._consumers.use(self._planes)
         planes, make_end = self._planes, hand_over.make_end
         ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server, hand_over.hands_over)}
         self._buffer = LocalLookupBuffer(planes, lease_s=hand_over.lease_s)
-        self._service = LookupService(self._buffer, planes, ends, transfer_s=hand_over.transfer_s)
+        self._pushes = Pushes(self._buffer, planes, hand_over.transfer_s)
+        self._service = LookupService(self._buffer, planes, ends, transfer_s=hand_over.transfer_s, pushes=self._pushes)
         self._server: ControlServer | None = None
         try:
             self._server = ControlServer(hand_over.listen, self._service.handle, messages=REQUESTS, keys=hand_over.keys)
         except BaseException:
             self.close()
             raise
-        self._advertised = hand_over.advertise or self._server.address
-        self._public_key = hand_over.keys.public if hand_over.keys is not None else ""
+        self.address = hand_over.advertise or self._server.address
+        self.public_key = hand_over.keys.public if hand_over.keys is not None else ""
 
-    def hand_over(self, keys: Keys) -> dict[str, Any] | None:
-        """Hold what was stored of a prompt, and is on its way there, for one who takes it."""
+    def hand_over(self, keys: Keys, params: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """Hold what was stored of a prompt, and is on its way there, for one who takes it; or push it there."""
         num_blocks = self._num_held(keys)
         if not num_blocks:
             return None
         every = [key for of_group in keys for key in of_group[:num_blocks]]
         item = self._buffer.hold(every)
         told = HandOver(
-            address=self._advertised,
-            key=self._public_key,
+            address=self.address,
+            key=self.public_key,
             id=item.number,
             num_blocks=num_blocks,
             namespace=self._planes.current()[1].hex(),
+            is_pushed=self._push and self._begin_push(item, (params or {}).get(_PUSH_TO)),
         )
         return {_FIELD: msgspec.to_builtins(told)}
 
@@ -141,13 +163,22 @@ class HandOverScheduler(OffloadingScheduler):
             hand_over = msgspec.convert(told, HandOver)
         except msgspec.ValidationError:
             return 0
-        return hand_over.num_blocks if self._peers.expect(request_id, keys, hand_over) else 0
+        if not self._peers.expect(request_id, keys, hand_over):
+            return 0
+        if hand_over.is_pushed:
+            self._pushed[request_id] = [key for of_group in keys for key in of_group]
+        return hand_over.num_blocks
 
     def lookup(self, request_id: str, keys: Keys, *, expected: int = 0) -> int | None:
         return super().lookup(request_id, keys, expected=expected if self._peers.is_up(request_id) else 0)
 
+    def load(self, request_id: str, blocks: Blocks) -> None:
+        super().load(request_id, blocks)
+        self._settle(request_id)
+
     def forget(self, request_id: str) -> None:
         super().forget(request_id)
+        self._settle(request_id)
         self._peers.forget(request_id)
 
     def reset(self) -> None:
@@ -162,15 +193,37 @@ class HandOverScheduler(OffloadingScheduler):
             self._server.close()
         self._service.close()
         self._peers.close()
+        self._consumers.close()
+        self._pushes.close()
         self._buffer.close()
         super().close()
+
+    def _begin_push(self, item: Item, told: object) -> bool:
+        """Whether it goes to the consumer that is named."""
+        try:
+            to = msgspec.convert(told, PushTo)
+        except msgspec.ValidationError:
+            return False
+        consumer = self._consumers.borrow(to.address, to.key)
+        if consumer is None:
+            return False
+        is_begun = self._pushes.start(item, consumer.peer, lambda: self._consumers.give_back(consumer))
+        if not is_begun:
+            self._consumers.give_back(consumer)
+        return is_begun
+
+    def _settle(self, request_id: str) -> None:
+        """What was pushed for a request it has by now, or does not want."""
+        keys = self._pushed.pop(request_id, None)
+        if keys is not None:
+            self._buffer.settle(keys)
 
     def _publish(self, slots: Slots, keys: KeyArray, current: tuple[int, bytes]) -> None:
         self._buffer.publish(array_to_keys(keys.reshape(len(slots), -1)), slots, current)
 
 
 @dataclass(slots=True)
-class _Connection:
+class Connection:
     client: ControlClient
     peer: RemotePeer
     num_requests: int = 0
@@ -178,7 +231,7 @@ class _Connection:
 
 @dataclass(slots=True)
 class _Expected:
-    connection: _Connection
+    connection: Connection
     keys: list[BlockKey]
     hand_over: int
 
@@ -189,13 +242,16 @@ class Peers:
 
     Whom a request names is not trusted: with keys, only peers whose public key is let in are spoken
     to; without, only loopback.
+
+    Args:
+        offers: what is here goes to them; else what is there comes here.
     """
 
-    def __init__(self, config: HandOverConfig) -> None:
-        self._config = config
+    def __init__(self, config: HandOverConfig, *, offers: bool) -> None:
+        self._config, self._offers = config, offers
         self._planes: Planes | None = None
         self._lock = threading.Lock()
-        self._connections: dict[str, _Connection] = {}  # by address; least recently named first
+        self._connections: dict[str, Connection] = {}  # by address; least recently named first
         self._expected: dict[str, _Expected] = {}  # by request
         self._of_key: dict[BlockKey, _Expected] = {}
         self._total = TierStats(name="peer")
@@ -217,6 +273,18 @@ class Peers:
             expected = self._expected[request_id] = _Expected(connection, every, hand_over.id)
             self._of_key.update(dict.fromkeys(every, expected))
             return True
+
+    def borrow(self, address: str, key: str) -> Connection | None:
+        """A peer, for `give_back`; None where it is not spoken to."""
+        with self._lock:
+            connection = self._connect(address, key)
+            if connection is not None:
+                connection.num_requests += 1
+            return connection
+
+    def give_back(self, connection: Connection) -> None:
+        with self._lock:
+            connection.num_requests -= 1
 
     def of_keys(self, keys: Sequence[BlockKey]) -> RemotePeer | None:
         """Who has them; called by lookup threads."""
@@ -253,7 +321,7 @@ class Peers:
             connection.client.close()  # wakes up who waits for an answer
             connection.peer.close()
 
-    def _connect(self, address: str, key: str) -> _Connection | None:
+    def _connect(self, address: str, key: str) -> Connection | None:
         keys, planes = self._config.keys, self._planes
         known = self._connections.pop(address, None)
         if known is not None:
@@ -271,8 +339,10 @@ class Peers:
             logger.warning("a request names a producer that cannot be asked: %s", e)
             return None
         rows = planes.arena.rows
-        peer = RemotePeer(address, client.ask, planes, self._config.transport, lambda: make_end(rows, False, False))
-        self._connections[address] = _Connection(client, peer)
+        peer = RemotePeer(
+            address, client.ask, planes, self._config.transport, lambda: make_end(rows, False, self._offers)
+        )
+        self._connections[address] = Connection(client, peer)
         return self._connections[address]
 
     def _drop_idle(self) -> bool:
@@ -285,7 +355,7 @@ class Peers:
         return True
 
 
-def _close(connection: _Connection) -> None:
+def _close(connection: Connection) -> None:
     connection.client.close()
     connection.peer.close()
 

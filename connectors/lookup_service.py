@@ -20,8 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-
 from connectors.control import ControlRefusedError, Peer
 from connectors.lookup_messages import (
     VERSION,
@@ -43,6 +41,7 @@ from connectors.lookup_messages import (
     keys_of,
 )
 from connectors.pipe import Pipe, PipeEnd
+from connectors.push import Pushes
 from kvstore.errors import KVStoreError
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.lookup_buffer import Item, LocalLookupBuffer, Selection
@@ -99,12 +98,20 @@ class LookupService:
     """Args:
     make_ends: by the transport's name.
     transfer_s: deadline of one transfer, and of what is held for a peer between two requests.
+    pushes: of the same buffer; who asks for what is being pushed waits for that.
     """
 
     def __init__(
-        self, buffer: LocalLookupBuffer, planes: Planes, make_ends: Mapping[str, MakeEnd], *, transfer_s: float = 30.0
+        self,
+        buffer: LocalLookupBuffer,
+        planes: Planes,
+        make_ends: Mapping[str, MakeEnd],
+        *,
+        transfer_s: float = 30.0,
+        pushes: Pushes | None = None,
     ) -> None:
         self._buffer, self._planes, self._make_ends, self._transfer_s = buffer, planes, dict(make_ends), transfer_s
+        self._pushes = pushes
         self._fields = identity_fields(planes.identity)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -167,8 +174,19 @@ class LookupService:
 
     # -- take
 
-    def _select(self, peer: str, request: Select) -> Selected:
-        keys = _keys(request.keys)
+    def _select(self, peer: str, request: Select) -> Selected | Future[Answer]:
+        keys, pushes = _keys(request.keys), self._pushes
+        if not keys or pushes is None or not pushes.is_under_way(keys[0]):
+            return self._take(peer, keys, request)
+
+        def wait() -> Answer:
+            if not pushes.wait(keys[0], time.monotonic() + min(request.timeout_s, self._transfer_s)):
+                return Selected(0, 0)  # nobody waits for it any more
+            return self._take(peer, keys, request)
+
+        return self._waiters.submit(wait)
+
+    def _take(self, peer: str, keys: list[BlockKey], request: Select) -> Selected:
         if request.namespace != self._planes.current()[1]:
             raise ControlRefusedError("another model, or another epoch")
         if len(self._taken) >= _MOST_OPEN:
@@ -179,18 +197,17 @@ class LookupService:
             return Selected(0, 0)
         number, piece = next(self._numbers), max(1, _SEALED_AT_ONCE_NBYTES // self._planes.fmt.slot_nbytes)
         sealed = [
-            self._sealer.submit(self._seal, selection, request.namespace, start, start + piece)
+            self._sealer.submit(
+                self._planes.seal,
+                selection.slots[start : start + piece],
+                selection.keys[start : start + piece],
+                request.namespace,
+            )
             for start in range(0, len(selection), piece)
         ]
         with self._lock:
             self._taken[number] = _Taken(peer, selection, sealed, piece)
         return Selected(number, len(selection))
-
-    def _seal(self, selection: Selection, namespace: bytes, start: int, end: int) -> None:
-        slots, planes = selection.slots[start:end], self._planes
-        keys = keys_to_array(selection.keys[start:end])[:, None, :]
-        generations = np.full(len(slots), time.time_ns(), dtype=np.uint64)
-        planes.codec.seal(planes.arena.rows, slots, keys, namespace, generations)
 
     def _fetch(self, peer: str, request: Fetch) -> Answer:
         taken, lane = self._taken.get(request.selection), self._lanes.get(request.pipe)

@@ -55,10 +55,10 @@ class MultiScheduler(SchedulerHalf):
         self._expected[request_id] = self._each(lambda _, child: child.expect(request_id, keys, params))
         return max(self._expected[request_id].values(), default=0)
 
-    def hand_over(self, keys: Keys) -> dict[str, Any] | None:
+    def hand_over(self, keys: Keys, params: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """All that the children have to say; each has a field of its own."""
         told: dict[str, Any] = {}
-        for answer in self._each(lambda _, child: child.hand_over(keys)).values():
+        for answer in self._each(lambda _, child: child.hand_over(keys, params)).values():
             told |= answer or {}
         return told or None
 

@@ -15,7 +15,7 @@ from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import TierEvent
 from kvstore.io_service import NOWHERE, IoService, Located
 from kvstore.jobs import NothingRead, ReadJob
-from kvstore.keys import BlockKey, keys_to_array
+from kvstore.keys import BlockKey
 from kvstore.lookup_buffer import LookupBuffer
 from kvstore.planes import Planes
 from kvstore.promotion import Promotion
@@ -101,9 +101,7 @@ class RemoteLookupBuffer(LookupBuffer):
                     raise TimeoutError("no memory came free at this end")
                 taken = np.concatenate([taken, more])
             self._copier.store(blocks[torch.tensor(wanted, dtype=torch.int64)], taken)
-            sent = keys_to_array([keys[i] for i in wanted])[:, None, :]
-            generations = np.full(len(taken), time.time_ns(), dtype=np.uint64)
-            planes.codec.seal(planes.arena.rows, taken, sent, planes.current()[1], generations)
+            planes.seal(taken, [keys[i] for i in wanted])
             return taken
 
         try:

@@ -127,15 +127,27 @@ class RemotePeer:
         operation = ReadOperation(list(range(len(host_slots))), run)
         return PooledReadJob(self._pool, [operation], verify, failed, deadline)
 
-    def insert(self, keys: Sequence[BlockKey], seal: Callable[[list[int]], Slots], deadline: float) -> bool:
+    def insert(
+        self,
+        keys: Sequence[BlockKey],
+        seal: Callable[[list[int]], Slots],
+        deadline: float,
+        *,
+        room_s: float = float("inf"),
+    ) -> bool:
         """Put a prefix into the peer's buffer; False where it has no room, or does not answer.
 
         Args:
             seal: given which of the keys are wanted, has their slots ready to be sent.
+            room_s: how long the peer may wait for room, within the deadline.
         """
+        if not self._health.allow():
+            return False
         try:
             namespace, left_s = self._planes.current()[1], max(0.0, deadline - time.monotonic())
-            reserved = self._asked(Reserve(namespace, b"".join(keys), left_s), left_s + _JOIN_S, Reserved)
+            room_s = min(left_s, room_s)
+            reserved = self._asked(Reserve(namespace, b"".join(keys), room_s), room_s + _JOIN_S, Reserved)
+            self._health.recover()
             if not reserved.ticket or any(i >= len(keys) for i in reserved.wanted):
                 return False
             slots = seal(reserved.wanted)
@@ -143,6 +155,7 @@ class RemotePeer:
                 max(0.0, deadline - time.monotonic())
             )
         except Exception as e:
+            self._health.fail(e)
             logger.warning("%d blocks were not inserted at peer %s: %s", len(keys), self.name, e)
             return False
         return True

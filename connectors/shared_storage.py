@@ -31,7 +31,7 @@ class SharedStorageScheduler(OffloadingScheduler):
             raise ConfigError("shared: not set; a connector for shared storage needs a path")
         super().__init__(config, num_workers, windows)
 
-    def hand_over(self, keys: Keys) -> dict[str, Any] | None:
+    def hand_over(self, keys: Keys, params: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         n = self._num_held(keys)  # what was dropped would be waited for in vain
         return {_FIELD: {"namespace": self._planes.current()[1].hex(), "num_blocks": n}} if n else None
 

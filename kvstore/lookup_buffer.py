@@ -19,7 +19,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
@@ -39,6 +39,7 @@ from kvstore.slot import Slots
 logger = logging.getLogger(__name__)
 
 _JOIN_S: Final = 5.0
+_POLL_S: Final = 0.2
 
 
 class LookupBuffer(ABC):
@@ -129,6 +130,7 @@ class LocalLookupBuffer(LookupBuffer):
             raise ConfigError(f"lease_s: {lease_s!r}; give a number of seconds above 0")
         self._planes, self._manager, self._lease_s = planes, planes.manager, lease_s
         self._lock = threading.Lock()
+        self._came = threading.Condition(self._lock)  # something was published, or a claim has ended
         self._inserting = threading.Lock()  # one at a time, so that two cannot each have half the room
         self._items: dict[int, Item] = {}
         self._claims: dict[BlockKey, deque[Item]] = {}  # oldest first
@@ -222,6 +224,7 @@ class LocalLookupBuffer(LookupBuffer):
         with self._lock:
             claimed = [key for key in keys if key in self._claims]
             self._pin(claimed)  # whoever has a claim finds them
+            self._came.notify_all()
         self._manager.unpin(ready)  # before that nobody else may evict them
         if item is not None and len(claimed) < len(keys):
             self._manager.drop(list(set(keys).difference(claimed)))
@@ -258,6 +261,29 @@ class LocalLookupBuffer(LookupBuffer):
             if item is not None:
                 self._end(item)
 
+    def wait_for(self, item: Item, deadline: float, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until all that is left of a claim is there; False: it has ended, or nobody waits any more.
+
+        Args:
+            is_over: asked now and then; where it says so nobody waits any more.
+        """
+        with self._came:
+            while not is_over() and item.number in self._items:
+                if item.left <= self._pinned.keys():
+                    return True
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._came.wait(min(left_s, _POLL_S))
+        return False
+
+    def settle(self, keys: Sequence[BlockKey]) -> None:
+        """End one claim on each of these: who it was for has them. They stay, until the room is needed."""
+        with self._lock:
+            for key in keys:
+                if key in self._claims:
+                    self._take(key, self._claims[key][0], drop=False)
+
     def select(self, keys: Sequence[BlockKey], expires: float) -> Selection:
         """Take the leading keys that are there and claimed; atomic.
 
@@ -273,6 +299,15 @@ class LocalLookupBuffer(LookupBuffer):
             for key in taken:
                 self._take(key, self._claims[key][0])
             selection = Selection(taken, lease, expires)
+            self._selections.add(selection)
+            return selection
+
+    def borrow(self, item: Item, expires: float) -> Selection:
+        """Pin what is left of a claim and leave it claimed: `cancel` it once it is somewhere else."""
+        with self._lock:
+            keys = [key for key in item.keys if key in item.left]
+            lease = self._manager.prepare_load(keys)
+            selection = Selection(keys[: len(lease)], lease, expires)
             self._selections.add(selection)
             return selection
 
@@ -332,19 +367,21 @@ class LocalLookupBuffer(LookupBuffer):
                 if len(lease):
                     self._pinned[key] = int(lease.slots[0])
 
-    def _take(self, key: BlockKey, item: Item) -> None:
-        """End an item's claim on a key; with the last one the key goes."""
+    def _take(self, key: BlockKey, item: Item, *, drop: bool = True) -> None:
+        """End an item's claim on a key; with the last one the key goes, or can be evicted."""
         claims = self._claims[key]
         claims.remove(item)
         item.left.discard(key)
         if not item.left:
             self._items.pop(item.number, None)
+            self._came.notify_all()
         if claims:
             return
         del self._claims[key]
         slot = self._pinned.pop(key, None)
         if slot is not None:
-            self._manager.drop([key])
+            if drop:
+                self._manager.drop([key])
             self._manager.unpin(np.array([slot]))
 
     def _end(self, item: Item) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final
+
+import numpy as np
 
 from kvstore.arena import HostArena, Sharing
 from kvstore.config import StoreConfig
@@ -17,7 +20,7 @@ from kvstore.events import EventLog, TierEvent, TierEvents
 from kvstore.identity import INITIAL_EPOCH
 from kvstore.io_client import ProcessIo
 from kvstore.io_service import IoService, ThreadIo
-from kvstore.keys import BlockKey
+from kvstore.keys import BlockKey, keys_to_array
 from kvstore.manager import TierManager
 from kvstore.policy import make_policy
 from kvstore.promotion import Promotion, Sink
@@ -100,6 +103,18 @@ class Planes:
             self.io.store(slots[kept], keys[kept], namespace, self.manager.unpin)
         ready: Slots = slots[kept]
         return ready
+
+    def seal(self, slots: Slots, keys: Sequence[BlockKey], namespace: bytes | None = None) -> None:
+        """Write the trailers of slots that hold one block each, before they leave this host.
+
+        Args:
+            namespace: by default the one in effect.
+        """
+        if not len(slots):
+            return
+        namespace = self.current()[1] if namespace is None else namespace
+        generations = np.full(len(slots), time.time_ns(), dtype=np.uint64)
+        self.codec.seal(self.arena.rows, slots, keys_to_array(keys)[:, None, :], namespace, generations)
 
     def promotion(self, sink: Sink | None = None) -> Promotion | None:
         """A way up from the lower tiers, of the epoch in effect; None where there is none, or while they go over

@@ -244,10 +244,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         """A producer that was asked to (``do_remote_decode``) hands over what it has stored of the prompt."""
         state = self._requests.pop(request.request_id, None)
         self.scheduler.forget(request.request_id)
-        is_asked = (request.kv_transfer_params or {}).get("do_remote_decode") is True
+        params = request.kv_transfer_params
+        is_asked = (params or {}).get("do_remote_decode") is True
         if not is_asked or state is None or not state.stored:
             return False, None
-        told = self.scheduler.hand_over(state.keys.of_blocks(0, state.stored))
+        told = self.scheduler.hand_over(state.keys.of_blocks(0, state.stored), params)
         return False, None if told is None else {f"{name}@{type(self).__name__}": value for name, value in told.items()}
 
     def has_pending_push_work(self) -> bool:

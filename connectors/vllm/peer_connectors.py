@@ -44,6 +44,7 @@ class PeerSettings:
     keys_path: folder that ``kvstore keygen`` made; needed beyond loopback.
     lease_s: how long what nobody takes is held.
     transfer_timeout_s: deadline of one transfer.
+    push: send blocks to the decode server that the proxy names, before it asks for them.
     """
 
     listen: str = "tcp://127.0.0.1:0"
@@ -51,12 +52,15 @@ class PeerSettings:
     keys_path: str | None = None
     lease_s: float = 60.0
     transfer_timeout_s: float = 30.0
+    push: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lease_s", "transfer_timeout_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600:
                 raise ConfigError(f"{name}: {value!r}; give seconds, above 0 and up to 3600")
+        if not isinstance(self.push, bool):
+            raise ConfigError(f"push: {self.push!r}; give true or false")
         for name in ("listen", "advertise", "keys_path"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -107,6 +111,7 @@ class PeerConnector(KVStoreConnector):
             hands_over=self._kv_transfer_config.is_kv_producer,
             lease_s=mine.lease_s,
             transfer_s=mine.transfer_timeout_s,
+            push=mine.push,
         )
 
     def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:

@@ -57,9 +57,10 @@ class Engine:
         stats: dict[str, Any] = self.ask("settle", must_store=must_store)["stats"][0]
         return stats
 
-    def hand_over(self, ids: list[int]) -> dict[str, Any]:
+    def hand_over(self, ids: list[int], push_to: dict[str, str] | None = None) -> dict[str, Any]:
         """What a prefill of these tells a decode server."""
-        (answer,) = self.generate(ids, max_tokens=1, transfer_params={"do_remote_decode": True})
+        asked = {"do_remote_decode": True, "kvstore_push_to": push_to}
+        (answer,) = self.generate(ids, max_tokens=1, transfer_params=asked)
         params: dict[str, Any] = answer["hand_over"]
         return params
 

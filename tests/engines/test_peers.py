@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,6 +23,14 @@ pytestmark = NEEDS_VLLM
 LENGTHS = (1500, 700, 130, 100)
 PROMPTS = [prompt(i, n) for i, n in enumerate(LENGTHS)]
 TCP = "KVStoreTcpConnector"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+CONSUMER_PORT = free_port()
 NOTHING_SHARED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -58,7 +67,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Cal
 @pytest.fixture(scope="module")
 def pair(start: Callable[..., Engine]) -> tuple[Engine, Engine]:
     producer = start("producer", peer(TCP, "kv_producer", lease_s=5.0))
-    return producer, start("consumer", peer(TCP, "kv_consumer"))
+    return producer, start("consumer", peer(TCP, "kv_consumer", listen=f"tcp://127.0.0.1:{CONSUMER_PORT}"))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +128,28 @@ def test_other_transports(connector: str, wanted: list[dict[str, Any]], start: C
     wait_until(lambda: is_idle(producer))
     for engine in (producer, consumer):
         engine.stop()
+
+
+def test_prompts_are_pushed(pair: tuple[Engine, Engine], start: Callable[..., Engine]) -> None:
+    """The decode server is named to the prefill server, and then asks for nothing."""
+    _, consumer = pair
+    to = {"address": f"tcp://127.0.0.1:{CONSUMER_PORT}", "key": ""}
+    producer = start("pushes", peer(TCP, "kv_producer", push=True))
+    prompts = [prompt(70 + i, n) for i, n in enumerate(LENGTHS[:3])]
+    consumer.ask("reset", connector=False)
+    cold = consumer.generate(*prompts, max_tokens=16)
+    consumer.ask("reset", connector=False)
+    before = consumer.settle()["peer"]["read_nbytes"]
+    told = [producer.hand_over(ids, push_to=to) for ids in prompts]
+    assert all(params[f"kvstore_peer@{TCP}"]["is_pushed"] for params in told)
+    wait_until(lambda: is_idle(producer))  # all of it has gone
+    answers = decode(consumer, prompts, told)
+    same(answers, cold)
+    assert cached(cold) == [0, 0, 0]
+    assert cached(answers) == [blocks(n) for n in LENGTHS[:3]]
+    assert consumer.settle()["peer"]["read_nbytes"] == before
+    assert consumer.settle()["host"]["pinned_blocks"] == 0
+    producer.stop()
 
 
 def test_first_the_peer_then_the_shared_path_then_compute(
