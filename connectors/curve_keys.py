@@ -161,7 +161,7 @@ def _read_key(path: Path, *, missing: str, is_secret: bool = False) -> str:
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path} is no file; {missing}")
         if is_secret:
-            _only_ours_to_read(path, status)
+            check_only_ours_to_read(path, status)
         _check_not_writable(path, status)
         data = f.read(KEY_NCHARS + 2)
     text = data.decode("ascii", "replace").removesuffix("\n")
@@ -170,7 +170,7 @@ def _read_key(path: Path, *, missing: str, is_secret: bool = False) -> str:
     return text
 
 
-def _only_ours_to_read(path: Path, status: os.stat_result) -> None:
+def check_only_ours_to_read(path: Path, status: os.stat_result) -> None:
     if status.st_uid != os.geteuid():
         raise ConfigError(f"{path} belongs to user {status.st_uid}; run: chown {os.geteuid()} {path}")
     if status.st_mode & 0o077:

@@ -27,6 +27,7 @@ from connectors.pipe import PipeEnd
 from connectors.push import Pushes
 from connectors.remote_lookup_buffer import PeerIo
 from connectors.remote_peer import RemotePeer
+from connectors.restripe import Landing
 from connectors.tier_sampler import COUNTERS
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, KVStoreError
@@ -84,6 +85,7 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         address, key: of the producer's control channel, and its public key; empty without keys.
         num_blocks: leading blocks of the prompt that it holds, or is about to.
+        tp_size: ranks that hold different KV, each in a stripe of its own.
         is_pushed: they are on their way to the consumer.
     """
 
@@ -92,6 +94,7 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
     id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     num_blocks: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     namespace: Annotated[str, msgspec.Meta(max_length=64)]
+    tp_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     is_pushed: bool = False
 
 
@@ -151,6 +154,7 @@ class HandOverScheduler(OffloadingScheduler):
             id=item.number,
             num_blocks=num_blocks,
             namespace=self._planes.current()[1].hex(),
+            tp_size=self._planes.identity.placement.tp_size,
             is_pushed=self._push and self._begin_push(item, (params or {}).get(_PUSH_TO)),
         )
         return {_FIELD: msgspec.to_builtins(told)}
@@ -251,7 +255,8 @@ class Peers:
         self._config, self._offers = config, offers
         self._planes: Planes | None = None
         self._lock = threading.Lock()
-        self._connections: dict[str, Connection] = {}  # by address; least recently named first
+        self._connections: dict[tuple[str, int], Connection] = {}  # by address and tp_size; least recently named first
+        self._told: set[int] = set()  # of which tp_size it was said that there is no way
         self._expected: dict[str, _Expected] = {}  # by request
         self._of_key: dict[BlockKey, _Expected] = {}
         self._total = TierStats(name="peer")
@@ -265,7 +270,7 @@ class Peers:
         with self._lock:
             if request_id in self._expected:
                 return True
-            connection = self._connect(hand_over.address, hand_over.key)
+            connection = self._connect(hand_over.address, hand_over.key, hand_over.tp_size)
             if connection is None:
                 return False
             connection.num_requests += 1
@@ -277,7 +282,7 @@ class Peers:
     def borrow(self, address: str, key: str) -> Connection | None:
         """A peer, for `give_back`; None where it is not spoken to."""
         with self._lock:
-            connection = self._connect(address, key)
+            connection = self._connect(address, key, None)
             if connection is not None:
                 connection.num_requests += 1
             return connection
@@ -321,35 +326,50 @@ class Peers:
             connection.client.close()  # wakes up who waits for an answer
             connection.peer.close()
 
-    def _connect(self, address: str, key: str) -> Connection | None:
+    def _connect(self, address: str, key: str, tp_size: int | None) -> Connection | None:
+        """Args:
+        tp_size: as the request says, which is not trusted: the peer compares it with its own. None: ours.
+        """
         keys, planes = self._config.keys, self._planes
-        known = self._connections.pop(address, None)
+        assert planes is not None
+        mine = planes.identity.placement.tp_size
+        name = address, tp_size or mine
+        known = self._connections.pop(name, None)
         if known is not None:
-            self._connections[address] = known
+            self._connections[name] = known
             return known
-        if planes is None or (keys is not None and key not in keys.peers.values()):
+        if keys is not None and key not in keys.peers.values():
             logger.warning("a request names a producer at %r whose key is not let in; it is computed", address)
             return None
         if len(self._connections) >= _MOST_PEERS and not self._drop_idle():
             return None
-        make_end = self._config.make_end
+        try:
+            landing = Landing.of(planes, name[1]) if name[1] != mine else None
+        except ValueError as e:
+            self._tell(name[1], e)
+            return None
         try:
             client = ControlClient(address, messages=ANSWERS, keys=keys, server_key=key if keys is not None else None)
         except KVStoreError as e:
             logger.warning("a request names a producer that cannot be asked: %s", e)
             return None
-        rows = planes.arena.rows
+        make_end, offers = self._config.make_end, self._offers
         peer = RemotePeer(
-            address, client.ask, planes, self._config.transport, lambda: make_end(rows, False, self._offers)
+            address, client.ask, planes, self._config.transport, lambda rows: make_end(rows, False, offers), landing
         )
-        self._connections[address] = Connection(client, peer)
-        return self._connections[address]
+        self._connections[name] = Connection(client, peer)
+        return self._connections[name]
+
+    def _tell(self, tp_size: int, why: ValueError) -> None:
+        if tp_size not in self._told:
+            self._told.add(tp_size)
+            logger.warning("what a producer of tp_size %d has is computed here: %s", tp_size, why)
 
     def _drop_idle(self) -> bool:
-        address = next((a for a, connection in self._connections.items() if not connection.num_requests), None)
-        if address is None:
+        name = next((name for name, connection in self._connections.items() if not connection.num_requests), None)
+        if name is None:
             return False
-        connection = self._connections.pop(address)
+        connection = self._connections.pop(name)
         self._total = _sum([self._total, connection.peer.stats()])
         threading.Thread(target=_close, args=(connection,), name="kvstore-peer-close", daemon=True).start()
         return True

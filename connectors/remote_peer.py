@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import numpy as np
+
 from connectors.lookup_messages import (
     VERSION,
     Answer,
@@ -37,11 +39,12 @@ from connectors.lookup_messages import (
     identity_fields,
 )
 from connectors.pipe import Pipe, PipeEnd
+from connectors.restripe import Landing
 from kvstore.errors import KVStoreError
 from kvstore.jobs import Indices, IoPool, PooledReadJob, ReadJob, ReadOperation
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.planes import Planes
-from kvstore.slot import Slots
+from kvstore.slot import Rows, Slots
 from kvstore.tiers.base import TierStats
 from kvstore.tiers.health import TierHealth
 
@@ -74,11 +77,20 @@ class RemotePeer:
 
     Args:
         planes: whose slots blocks come to.
-        make_end: a pipe's client end over those rows.
+        make_end: a pipe's client end over rows, those of ``planes`` or of ``landing``.
+        landing: where blocks come to first, of a peer of another tensor parallelism.
     """
 
-    def __init__(self, name: str, ask: Ask, planes: Planes, transport: str, make_end: Callable[[], PipeEnd]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        ask: Ask,
+        planes: Planes,
+        transport: str,
+        make_end: Callable[[Rows], PipeEnd],
+        landing: Landing | None = None,
+    ) -> None:
+        self.name, self._landing = name, landing
         self._ask, self._planes, self._transport, self._make_end = ask, planes, transport, make_end
         self._health = TierHealth(f"peer {name}")
         self._pool = IoPool(f"kvstore-peer-{name}", 1)  # its thread alone uses the pipe
@@ -106,15 +118,25 @@ class RemotePeer:
 
     def read(self, selection: RemoteSelection, first: int, host_slots: Slots, deadline: float) -> ReadJob:
         """Blocks ``first`` on into slots; see `kvstore.jobs.ReadJob`. They are verified by who collects them."""
-        keys = keys_to_array(selection.keys[first : first + len(host_slots)])
-        planes = self._planes
+        keys = selection.keys[first : first + len(host_slots)]
+        key_array, planes, landed = keys_to_array(keys), self._planes, np.zeros(len(keys), dtype=np.bool_)
 
         def run() -> None:
-            self._fetch(selection, first, host_slots, deadline)
+            if self._landing is None:
+                self._fetch(selection, first, host_slots, deadline)
+                return
+            step = len(self._landing.rows)
+            for i in range(0, len(keys), step):
+                part = slice(i, min(i + step, len(keys)))
+                self._fetch(selection, first + i, np.arange(len(keys[part])), deadline)
+                landed[part] = self._landing.take(keys[part], host_slots[part], selection.namespace)
 
         def verify(indices: Indices) -> list[bool]:
-            found = planes.codec.verify(planes.arena.rows, host_slots[indices], selection.namespace)
-            ok = found.valid & (found.keys[:, 0] == keys[indices]).all(axis=1)
+            if self._landing is None:
+                found = planes.codec.verify(planes.arena.rows, host_slots[indices], selection.namespace)
+                ok = found.valid & (found.keys[:, 0] == key_array[indices]).all(axis=1)
+            else:
+                ok = landed[indices]
             num_good = int(ok.sum())
             self._count(hit_blocks=num_good, corrupt_chunks=len(indices) - num_good)
             good: list[bool] = ok.tolist()
@@ -182,16 +204,18 @@ class RemotePeer:
             self._pipe.close()
         self._pool.close(_CLOSE_S)
         self._asker.shutdown(wait=True, cancel_futures=True)
+        if self._landing is not None:
+            self._landing.close()
 
     # -- in the pool's thread
 
-    def _fetch(self, selection: RemoteSelection, first: int, host_slots: Slots, deadline: float) -> None:
+    def _fetch(self, selection: RemoteSelection, first: int, slots: Slots, deadline: float) -> None:
         start, pipe = time.monotonic(), self._joined(deadline)
-        self._asked(Fetch(selection.number, first, len(host_slots), self._pipe_number), deadline - start, Done)
-        self._over(pipe, lambda: [*pipe.recv_slots(host_slots, max(0.0, deadline - time.monotonic()))])
-        nbytes = len(host_slots) * self._planes.fmt.slot_nbytes
+        self._asked(Fetch(selection.number, first, len(slots), self._pipe_number), deadline - start, Done)
+        self._over(pipe, lambda: [*pipe.recv_slots(slots, max(0.0, deadline - time.monotonic()))])
+        nbytes = len(slots) * self._planes.fmt.slot_nbytes
         self._count(read_nbytes=nbytes, read_s=time.monotonic() - start)
-        selection.left -= len(host_slots)
+        selection.left -= len(slots)
         if selection.left <= 0:
             self._told(Release(selection.number))
 
@@ -220,9 +244,12 @@ class RemotePeer:
         """The pipe, made with the first request, and anew after one that failed."""
         if self._pipe is not None:
             return self._pipe
-        end, timeout_s = self._make_end(), max(0.0, min(_JOIN_S, deadline - time.monotonic()))
+        rows, peer = self._planes.arena.rows, self._planes.identity
+        if self._landing is not None:
+            rows, peer = self._landing.rows, self._landing.peer
+        end, timeout_s = self._make_end(rows), max(0.0, min(_JOIN_S, deadline - time.monotonic()))
         try:
-            join = Join(VERSION, identity_fields(self._planes.identity), self._transport, end.hello())
+            join = Join(VERSION, identity_fields(peer), self._transport, end.hello())
             joined = self._asked(join, timeout_s, Joined)
             self._pipe, self._pipe_number = end.join(joined.hello, timeout_s), joined.pipe
         except BaseException:

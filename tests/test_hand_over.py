@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,10 +25,12 @@ from connectors.offloading import OffloadingWorker
 from connectors.pipe import Pipe, PipeClosedError, PipeEnd
 from connectors.remote_lookup_buffer import RemoteLookupBuffer
 from connectors.remote_peer import RemotePeer
+from connectors.restripe import Landing, Restripe
 from connectors.tcp import TcpEnd
 from connectors.testing import IDENTITY, PagedEngine, make_caches, make_keys
 from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, StoreConfig
 from kvstore.errors import ConfigError
+from kvstore.identity import Placement
 from kvstore.lookup_buffer import LocalLookupBuffer
 from kvstore.planes import Planes
 from kvstore.slot import Rows
@@ -84,10 +88,17 @@ class Served:
 class Remote:
     """One who uses it."""
 
-    def __init__(self, address: str, identity: KVIdentity = IDENTITY, num_blocks: int = NUM_BLOCKS) -> None:
+    def __init__(
+        self,
+        address: str,
+        identity: KVIdentity = IDENTITY,
+        num_blocks: int = NUM_BLOCKS,
+        their_ranks: int | None = None,
+    ) -> None:
         self.client = ControlClient(address, messages=ANSWERS, keys=None, server_key=None)
         planes = Planes(store_config(num_blocks, identity))
-        self.peer = RemotePeer("served", self.client.ask, planes, chosen, lambda: make_end(planes.arena.rows, False))
+        landing = None if their_ranks is None else Landing.of(planes, their_ranks)
+        self.peer = RemotePeer("served", self.client.ask, planes, chosen, lambda rows: make_end(rows, False), landing)
         self.buffer = RemoteLookupBuffer(self.peer, planes)
         self.planes = planes
 
@@ -211,6 +222,32 @@ def test_bytes_that_changed_on_their_way_are_a_miss(served: Served, remote: Remo
     wait_until(served.is_idle)
 
 
+def of_ranks(tp_size: int) -> KVIdentity:
+    return replace(IDENTITY, placement=Placement(tp_size=tp_size, byte_layout="vllm 0.32 cpu LBHNC x"))
+
+
+@pytest.mark.parametrize(("there", "here"), [(1, 2), (2, 1)])
+def test_a_peer_of_other_ranks(there: int, here: int) -> None:
+    """Blocks are cut anew on their way; one that changed is a miss, as ever."""
+    served = Served(of_ranks(there))
+    remote = Remote(served.server.address, of_ranks(here), their_ranks=there)
+    try:
+        keys, shape = make_keys(20), IDENTITY.layout.block_shape
+        blocks = torch.rand((20, *shape), dtype=torch.float32).to(torch.bfloat16)
+        assert served.buffer.insert(keys, blocks, timeout_s=0)
+        out = torch.zeros_like(blocks)
+        assert remote.buffer.drop_select(keys, out, timeout_s=5) == 20
+        rows, wanted = (t.flatten(1).view(torch.uint8).numpy() for t in (blocks, torch.zeros_like(blocks)))
+        every = np.arange(20)
+        Restripe(of_ranks(here), there, here)(rows, every, wanted, every)
+        assert np.array_equal(out.flatten(1).view(torch.uint8).numpy(), wanted)
+        assert not np.array_equal(wanted, rows)
+        wait_until(served.is_idle)
+    finally:
+        remote.close()
+        served.close()
+
+
 def test_a_peer_that_dies(served: Served, remote: Remote) -> None:
     keys = make_keys(10)
     assert served.buffer.insert(keys, blocks_of(keys), timeout_s=0)
@@ -263,10 +300,12 @@ def test_a_miss_is_answered_in_no_time(served: Served, remote: Remote) -> None:
 
 
 class Engine(PagedEngine):
-    def __init__(self, num_blocks: int = NUM_BLOCKS, num_workers: int = 1, **settings: Any) -> None:
+    def __init__(
+        self, num_blocks: int = NUM_BLOCKS, num_workers: int = 1, identity: KVIdentity = IDENTITY, **settings: Any
+    ) -> None:
         caches = make_caches(num_workers)
         hand_over = HandOverConfig(transport=chosen, make_end=make_end, **{"transfer_s": 5.0, **settings})
-        self.half = HandOverScheduler(store_config(num_blocks), num_workers, hand_over=hand_over)
+        self.half = HandOverScheduler(store_config(num_blocks, identity), num_workers, hand_over=hand_over)
         workers = [OffloadingWorker(Stripe(i, num_workers), groups, 1) for i, groups in enumerate(caches)]
         super().__init__(self.half, workers, caches)
 
@@ -377,6 +416,17 @@ def test_equal_ranks_at_both_ends(make_engine: Callable[..., Engine]) -> None:
     producer, consumer = make_engine(num_workers=2), make_engine(num_workers=2)
     keys = make_keys(12)
     assert consumer.decode("r", keys, producer.prefill(keys)) == 12
+
+
+def test_a_lie_about_ranks_is_a_miss(make_engine: Callable[..., Engine]) -> None:
+    """And what is told right afterwards is handed over."""
+    producer, consumer = make_engine(identity=of_ranks(1)), make_engine(identity=of_ranks(1))
+    keys, others = make_keys(8), make_keys(8, seed=1)
+    told = producer.prefill(keys)
+    lie = {"kvstore_peer": told["kvstore_peer"] | {"tp_size": 2}}
+    assert consumer.decode("r1", keys, lie) == 0
+    assert consumer.decode("r2", others, producer.prefill(others)) == 8
+    wait_until(lambda: producer.held() == (0, 0))
 
 
 def test_nobody_takes_it(make_engine: Callable[..., Engine]) -> None:
@@ -533,6 +583,9 @@ def test_what_names_no_consumer_is_not_pushed(make_engine: Callable[..., Engine]
         {"key": "x" * 40},
         {"num_blocks": -1},
         {"num_blocks": True},
+        {"tp_size": 0},
+        {"tp_size": 1 << 40},
+        {"tp_size": 3},  # of which there is no way here
         {"id": "x"},
         {"namespace": "00" * 16},
     ],

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
+from urllib.parse import urlsplit
 
 import torch
 
@@ -23,6 +24,7 @@ from connectors.curve_keys import CurveKeys
 from connectors.hand_over import HandOverConfig, HandOverScheduler
 from connectors.offloading import OffloadingWorker
 from connectors.pipe import PipeEnd
+from connectors.registration import LEASE_S, Joins, PeerAddress, Registration, Role, read_secret
 from connectors.vllm.connector import KVStoreConnector
 from connectors.vllm.settings import EXTRA_CONFIG, Settings, named_in
 from kvstore.errors import ConfigError
@@ -34,6 +36,7 @@ _NOT_HERE: Final = (  # tiers belong to a connector beside this one, and a block
     "block_size", "disk_path", "disk_capacity_bytes", "disk_on_mismatch",
     "shared_storage_path", "shared_capacity_bytes",
 )  # fmt: skip
+_REGISTER: Final = ("register_at", "serve_at", "register_key_file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,9 @@ class PeerSettings:
     lease_s: how long what nobody takes is held.
     transfer_timeout_s: deadline of one transfer.
     push: send blocks to the decode server that the proxy names, before it asks for them.
+    register_at: URL of a proxy that this server registers with; needs the two below.
+    serve_at: URL that the proxy reaches this server's API at.
+    register_key_file: the secret that the proxy and its servers share.
     """
 
     listen: str = "tcp://127.0.0.1:0"
@@ -53,6 +59,9 @@ class PeerSettings:
     lease_s: float = 60.0
     transfer_timeout_s: float = 30.0
     push: bool = False
+    register_at: str | None = None
+    serve_at: str | None = None
+    register_key_file: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("lease_s", "transfer_timeout_s"):
@@ -61,10 +70,14 @@ class PeerSettings:
                 raise ConfigError(f"{name}: {value!r}; give seconds, above 0 and up to 3600")
         if not isinstance(self.push, bool):
             raise ConfigError(f"push: {self.push!r}; give true or false")
-        for name in ("listen", "advertise", "keys_path"):
+        for name in ("listen", "advertise", "keys_path", *_REGISTER):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name}: {value!r}; give a text")
+        given = [name for name in _REGISTER if getattr(self, name) is not None]
+        if given and len(given) < len(_REGISTER):
+            missing = ", ".join(name for name in _REGISTER if name not in given)
+            raise ConfigError(f"{given[0]}: {getattr(self, given[0])!r} needs {missing} too")
 
     @classmethod
     def split(cls, extra: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
@@ -83,6 +96,7 @@ class PeerConnector(KVStoreConnector):
     """
 
     transport: ClassVar[str]
+    _registered: Registration | None = None
 
     @staticmethod
     @abstractmethod
@@ -101,6 +115,7 @@ class PeerConnector(KVStoreConnector):
                 identity, default_host_nbytes=_GIB, event_log_blocks=self._event_log_blocks
             )
             keys = CurveKeys.load(Path(mine.keys_path)) if mine.keys_path is not None else None
+            self._register = None if mine.register_at is None else self._registration(mine)
         host = (mine.advertise or mine.listen).removeprefix("tcp://").rpartition(":")[0].strip("[]")
         self._hand_over = HandOverConfig(
             transport=self.transport,
@@ -116,7 +131,32 @@ class PeerConnector(KVStoreConnector):
 
     def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:
         with named_in(EXTRA_CONFIG):
-            return HandOverScheduler(self._store_config, num_workers, windows, hand_over=self._hand_over)
+            half = HandOverScheduler(self._store_config, num_workers, windows, hand_over=self._hand_over)
+        if self._register is not None:
+            self._registered = self._register(PeerAddress(address=half.address, key=half.public_key))
+        return half
+
+    def shutdown(self) -> None:
+        if self._registered is not None:
+            self._registered.close()  # first: nothing new is sent here
+            self._registered = None
+        super().shutdown()
+
+    def _registration(self, settings: PeerSettings) -> Callable[[PeerAddress], Registration]:
+        """What registers this server, once it is known where its control channel listens."""
+        proxy, serve_at, key_file = settings.register_at, settings.serve_at, settings.register_key_file
+        assert proxy is not None and serve_at is not None and key_file is not None
+        if urlsplit(serve_at).scheme not in ("http", "https"):
+            raise ConfigError(f"serve_at: {serve_at!r}; give a URL, like http://10.0.0.2:8001")
+        secret, role = read_secret(key_file), self._kv_transfer_config
+        as_role: Role = (
+            "both" if role.is_kv_producer and role.is_kv_consumer else ("prefill" if role.is_kv_producer else "decode")
+        )
+
+        def register(peer: PeerAddress) -> Registration:
+            return Registration(proxy, secret, Joins(role=as_role, url=serve_at, lease_s=LEASE_S, peer=peer))
+
+        return register
 
     def make_worker(self, stripe: Stripe, groups: Sequence[Sequence[torch.Tensor]]) -> WorkerHalf:
         return OffloadingWorker(stripe, groups, 1)

@@ -96,6 +96,15 @@ def decode(consumer: Engine, prompts: list[list[int]], told: list[dict[str, Any]
     ]
 
 
+def computed(consumer: Engine, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """What it answers to prompts that nobody has handed over; its own cache is empty again afterwards."""
+    consumer.ask("reset", connector=False)
+    answers = consumer.generate(*prompts, max_tokens=16)
+    assert cached(answers) == [0] * len(prompts)
+    consumer.ask("reset", connector=False)
+    return answers
+
+
 def is_idle(producer: Engine) -> bool:
     return bool(producer.settle()["host"]["pinned_blocks"] == 0)
 
@@ -126,8 +135,28 @@ def test_other_transports(connector: str, wanted: list[dict[str, Any]], start: C
     same(answers, wanted[:3])
     assert cached(answers) == [blocks(n) for n in LENGTHS[:3]]
     wait_until(lambda: is_idle(producer))
-    for engine in (producer, consumer):
-        engine.stop()
+    producer.stop()
+    dies_while_it_sends(connector, consumer, start)
+    consumer.stop()
+
+
+def dies_while_it_sends(connector: str, consumer: Engine, start: Callable[..., Engine]) -> None:
+    """Half of a prompt's blocks have come; what is not there is computed, and the consumer goes on."""
+    ids, other = prompts = [prompt(80, 1500), prompt(81, 1500)]
+    cold = computed(consumer, prompts)
+    transfer = peer(connector.replace("KVStore", "Dying"), "kv_producer")
+    producer = start("dying", transfer | {"kv_connector_module_path": "tests.engines.dying_connectors"})
+    told = [
+        {f"kvstore_peer@{connector}": value for value in params.values()} for params in prefill(producer, ids, other)
+    ]
+    begun = time.monotonic()
+    answers = decode(consumer, [ids, other], told)
+    same(answers, cold)
+    assert cached(answers) == [0, 0]
+    assert time.monotonic() - begun < 60
+    wait_until(lambda: consumer.settle()["host"]["pinned_blocks"] == 0)
+    with pytest.raises(ChildError):
+        producer.settle()  # it is dead
 
 
 def test_prompts_are_pushed(pair: tuple[Engine, Engine], start: Callable[..., Engine]) -> None:
@@ -136,16 +165,13 @@ def test_prompts_are_pushed(pair: tuple[Engine, Engine], start: Callable[..., En
     to = {"address": f"tcp://127.0.0.1:{CONSUMER_PORT}", "key": ""}
     producer = start("pushes", peer(TCP, "kv_producer", push=True))
     prompts = [prompt(70 + i, n) for i, n in enumerate(LENGTHS[:3])]
-    consumer.ask("reset", connector=False)
-    cold = consumer.generate(*prompts, max_tokens=16)
-    consumer.ask("reset", connector=False)
+    cold = computed(consumer, prompts)
     before = consumer.settle()["peer"]["read_nbytes"]
     told = [producer.hand_over(ids, push_to=to) for ids in prompts]
     assert all(params[f"kvstore_peer@{TCP}"]["is_pushed"] for params in told)
     wait_until(lambda: is_idle(producer))  # all of it has gone
     answers = decode(consumer, prompts, told)
     same(answers, cold)
-    assert cached(cold) == [0, 0, 0]
     assert cached(answers) == [blocks(n) for n in LENGTHS[:3]]
     assert consumer.settle()["peer"]["read_nbytes"] == before
     assert consumer.settle()["host"]["pinned_blocks"] == 0
@@ -219,35 +245,43 @@ def test_the_consumer_dies_and_another_comes(
     second.stop()
 
 
-def test_the_producer_dies(
-    pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine]
-) -> None:
+def test_the_producer_dies(pair: tuple[Engine, Engine], start: Callable[..., Engine]) -> None:
+    """Before it is asked, after that, and while it sends."""
     _, consumer = pair
     producer = start("dies", peer(TCP, "kv_producer"))
-    told = prefill(producer, *PROMPTS[:2])
-    consumer.ask("reset", connector=True)
+    prompts = [prompt(83 + i, n) for i, n in enumerate(LENGTHS[:2])]
+    cold = computed(consumer, prompts)
+    told = prefill(producer, *prompts)
     begun = time.monotonic()
-    consumer._child.send("generate", prompts=[PROMPTS[0]], max_tokens=16, transfer_params=told[0])
+    consumer._child.send("generate", prompts=[prompts[0]], max_tokens=16, transfer_params=told[0])
     producer._child.kill()
     (answer,) = consumer._child.receive(120)["answer"]
-    same([answer], wanted[:1])
-    (answer,) = decode(consumer, PROMPTS[1:2], told[1:])
-    same([answer], wanted[1:2])
+    same([answer], cold[:1])
+    (answer,) = decode(consumer, prompts[1:], told[1:])
+    same([answer], cold[1:])
     assert answer["cached"] == 0
     assert time.monotonic() - begun < 60
     assert consumer.settle()["host"]["pinned_blocks"] == 0
+    dies_while_it_sends(TCP, consumer, start)
 
 
-def test_a_consumer_of_two_ranks_computes_it(
+def test_one_rank_to_two_and_back(
     pair: tuple[Engine, Engine], wanted: list[dict[str, Any]], start: Callable[..., Engine]
 ) -> None:
-    """Its pages are cut in another way: a miss, and never garbage."""
-    producer, _ = pair
-    consumer = start("ranks", peer(TCP, "kv_consumer"), tensor_parallel_size=2)
-    answers = decode(consumer, PROMPTS[:1], prefill(producer, *PROMPTS[:1]))
-    same(answers, wanted[:1])
-    assert cached(answers) == [0]
-    consumer.stop()
+    """Prefill and decode are tuned apart: pages are cut anew on their way."""
+    producer, consumer = pair
+    of_two = start("ranks", peer(TCP, "kv_both"), tensor_parallel_size=2)
+    answers = decode(of_two, PROMPTS[:3], prefill(producer, *PROMPTS[:3]))
+    same(answers, wanted[:3])
+    assert cached(answers) == [blocks(n) for n in LENGTHS[:3]]
+    wait_until(lambda: is_idle(producer))
+    prompts = [prompt(90 + i, n) for i, n in enumerate(LENGTHS[:2])]
+    cold = computed(consumer, prompts)
+    answers = decode(consumer, prompts, prefill(of_two, *prompts))
+    same(answers, cold)
+    assert cached(answers) == [blocks(n) for n in LENGTHS[:2]]
+    wait_until(lambda: is_idle(of_two))
+    of_two.stop()
 
 
 def test_every_setting_is_in_the_docs() -> None:

@@ -18,7 +18,11 @@ try:
 except ImportError as e:
     raise MissingExtraError("aiohttp", "proxy") from e
 
+from connectors.registration import MAX_NBYTES as REGISTER_MAX_NBYTES
+from connectors.registration import PATH as REGISTER_PATH
+from connectors.registration import read_secret
 from tools.proxy.messages import CHAT_PATH, error_answer, parse_body, request_headers
+from tools.proxy.registry import MAX_SERVERS, RefusedError, Registry
 from tools.proxy.relay import Call, Relay
 from tools.proxy.servers import HealthWatch, Pool
 from tools.proxy.settings import ProxySettings
@@ -39,6 +43,10 @@ class Proxy:
         self._prefill, self._decode = Pool("prefill", settings.prefill), Pool("decode", settings.decode)
         self._relay = Relay(settings, session, self._prefill, self._decode)
         self.watch = HealthWatch(settings, session, [*self._prefill.servers, *self._decode.servers])
+        key_file = settings.register_key_file
+        self.registry = (
+            None if key_file is None else Registry(read_secret(key_file), (self._prefill, self._decode), self.watch)
+        )
         self._in_flight = 0
         self._closing = False
 
@@ -49,6 +57,9 @@ class Proxy:
         app.router.add_get(_MODELS_PATH, self._bounded(self._models), allow_head=False)
         app.router.add_get("/health", self._health)
         app.router.add_get("/status", self._status)
+        if self.registry is not None:
+            app.router.add_post(REGISTER_PATH, self._register)
+            app.router.add_delete(REGISTER_PATH, self._register)
         app.router.add_route("*", "/{path:.*}", self._unknown)
         return app
 
@@ -77,7 +88,7 @@ class Proxy:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         try:
-            data = await self._read(request)
+            data = await self._read(request, self._settings.max_body_nbytes)
             body = parse_body(data)
         except _TooLargeError:
             return error_answer(413, f"the body is larger than {self._settings.max_body_mib} MiB")
@@ -87,8 +98,7 @@ class Proxy:
             return error_answer(400, str(e))
         return await self._relay.complete(request, data, body)
 
-    async def _read(self, request: web.Request) -> bytes:
-        limit = self._settings.max_body_nbytes
+    async def _read(self, request: web.Request, limit: int) -> bytes:
         if (request.content_length or 0) > limit:
             raise _TooLargeError
         data = bytearray()
@@ -100,6 +110,25 @@ class Proxy:
             data += chunk
             if len(data) > limit:
                 raise _TooLargeError
+
+    async def _register(self, request: web.Request) -> web.StreamResponse:
+        """A server joins, renews, or leaves."""
+        registry = self.registry
+        if registry is None or not registry.may(request.headers.get("Authorization")):
+            return error_answer(401, "not let in")
+        try:
+            data = await self._read(request, REGISTER_MAX_NBYTES)
+            if request.method == "DELETE":
+                await registry.leave(data)
+                return web.json_response({})
+            joined = await registry.join(data)
+            return web.json_response({"lease_s": joined.lease_s})
+        except _TooLargeError:
+            return error_answer(413, f"the body is larger than {REGISTER_MAX_NBYTES} bytes")
+        except TimeoutError:
+            return error_answer(408, "the body did not arrive in time")
+        except (RefusedError, web.RequestPayloadError) as e:
+            return error_answer(400, str(e))
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         return await self._relay.answer(request, Call("GET", _MODELS_PATH, None, request_headers(request.headers)))
@@ -138,6 +167,8 @@ async def running(settings: ProxySettings) -> AsyncIterator[str]:
         await runner.setup()
         try:
             await proxy.watch.start()
+            if proxy.registry is not None:
+                proxy.registry.start()
             site = web.TCPSite(runner, settings.host, settings.port)
             try:
                 await site.start()
@@ -148,6 +179,8 @@ async def running(settings: ProxySettings) -> AsyncIterator[str]:
             await proxy.drain(GRACE_S)
         finally:
             await runner.cleanup()
+            if proxy.registry is not None:
+                await proxy.registry.stop()
             await proxy.watch.stop()
 
 
@@ -167,7 +200,8 @@ async def _run(settings: ProxySettings, listening: Callable[[str], None]) -> Non
 
 def _allow_files(settings: ProxySettings) -> None:
     """Raise the limit on open files as far as it goes; a request takes two."""
-    needed = 2 * settings.max_in_flight + 4 * (len(settings.prefill) + len(settings.decode)) + _OWN_FILES
+    num_servers = MAX_SERVERS if settings.register_key_file is not None else len(settings.prefill + settings.decode)
+    needed = 2 * settings.max_in_flight + 4 * num_servers + _OWN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed and hard != soft:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-Urls = Annotated[list[str], typer.Option(metavar="URL", help="A server; may be repeated.")]
+Urls = Annotated[list[str] | None, typer.Option(metavar="URL", help="A server; may be repeated.")]
 
 
 def proxy(
-    prefill: Urls,
-    decode: Urls,
+    prefill: Urls = None,
+    decode: Urls = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     min_prompt_chars: Annotated[int, typer.Option(help="Less is not prefilled.")] = 512,
@@ -21,6 +21,9 @@ def proxy(
     health_interval_s: Annotated[float, typer.Option(help="Between looks.")] = 2.0,
     max_in_flight: Annotated[int, typer.Option(help="More get a 429.")] = 1024,
     max_body_mib: Annotated[int, typer.Option(help="Larger get a 413.")] = 32,
+    register_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Servers that know this secret may register.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Say where it listens as JSON.")] = False,
 ) -> None:
     """Spread requests over prefill and decode servers.
@@ -34,8 +37,8 @@ def proxy(
     from tools.proxy.settings import ProxySettings
 
     settings = ProxySettings(
-        prefill=tuple(prefill),
-        decode=tuple(decode),
+        prefill=tuple(prefill or ()),
+        decode=tuple(decode or ()),
         host=host,
         port=port,
         min_prompt_chars=min_prompt_chars,
@@ -45,6 +48,7 @@ def proxy(
         health_interval_s=health_interval_s,
         max_in_flight=max_in_flight,
         max_body_mib=max_body_mib,
+        register_key_file=register_key_file,
     )
 
     from tools.proxy.app import run

@@ -10,6 +10,8 @@ from typing import Any, Final
 from aiohttp import web
 from multidict import CIMultiDict
 
+from connectors.registration import PeerAddress
+
 CHARS_PER_TOKEN: Final = 4
 REQUEST_ID: Final = "X-Request-Id"
 CHAT_PATH: Final = "/v1/chat/completions"
@@ -62,10 +64,15 @@ def prompt_chars(body: Mapping[str, Any]) -> int | None:
     return sum(map(_message_chars, messages)) if isinstance(messages, list) else 0
 
 
-def prefill_copy(path: str, body: Mapping[str, Any]) -> bytes:
-    """The request that only computes the prompt: one token, in one piece."""
+def prefill_copy(path: str, body: Mapping[str, Any], push_to: PeerAddress | None = None) -> bytes:
+    """The request that only computes the prompt: one token, in one piece.
+
+    Args:
+        push_to: who will decode, where KV can be pushed to it.
+    """
     copy = {key: value for key, value in body.items() if key not in NOT_FOR_PREFILL}
-    copy |= {"max_tokens": 1, "stream": False, "n": 1, "kv_transfer_params": ASK_FOR_HAND_OVER}
+    to = {} if push_to is None else {"kvstore_push_to": {"address": push_to.address, "key": push_to.key}}
+    copy |= {"max_tokens": 1, "stream": False, "n": 1, "kv_transfer_params": {**ASK_FOR_HAND_OVER, **to}}
     if path == CHAT_PATH:
         copy["max_completion_tokens"] = 1
     return json.dumps(copy).encode()

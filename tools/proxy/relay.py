@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -68,17 +69,25 @@ class Relay:
         if body.pop("kv_transfer_params", None) is not None:  # servers tell each other, clients do not
             data = json.dumps(body).encode()
         length = prompt_chars(body)
-        if length is not None and length >= self._settings.min_prompt_chars:
-            copy = Call("POST", request.path, prefill_copy(request.path, body), headers)
-            params = await self._kv_transfer_params(copy)
+        first: Server | None = None
+        if length is not None and length >= self._settings.min_prompt_chars and self._prefill.healthy:
+            first = self._decode.pick(())  # before the prefill, so that KV can be pushed there meanwhile
+            with first.expecting() if first is not None else nullcontext():
+                peer = first.peer if first is not None else None
+                copy = Call("POST", request.path, prefill_copy(request.path, body, peer), headers)
+                params = await self._kv_transfer_params(copy)
             if params is not None:
                 data = json.dumps({**body, "kv_transfer_params": params}).encode()
-        return await self.answer(request, Call("POST", request.path, data, headers))
+        return await self.answer(request, Call("POST", request.path, data, headers), first)
 
-    async def answer(self, request: web.Request, call: Call) -> web.StreamResponse:
-        """The answer of a decode server, whose first bytes decide which; an error if none has one."""
+    async def answer(self, request: web.Request, call: Call, first: Server | None = None) -> web.StreamResponse:
+        """The answer of a decode server, whose first bytes decide which; an error if none has one.
+
+        Args:
+            first: which is tried first, unless it has gone out meanwhile.
+        """
         tried: dict[Server, str] = {}
-        while (server := self._decode.pick(tried)) is not None:
+        while (server := self._next(first, tried)) is not None:
             with server.serving():
                 try:
                     answer = await self._open(server, call, None)
@@ -97,6 +106,11 @@ class Relay:
                 finally:
                     answer.close()
         return error_answer(503, self._nobody(tried))
+
+    def _next(self, first: Server | None, tried: dict[Server, str]) -> Server | None:
+        if first is not None and first.healthy and not tried and first in self._decode.servers:
+            return first
+        return self._decode.pick(tried)
 
     async def _kv_transfer_params(self, call: Call) -> dict[str, Any] | None:
         """Compute the prompt's KV; what the decode server needs to find it, or None."""

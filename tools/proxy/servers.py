@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Final, Literal
 
 import aiohttp
 
+from connectors.registration import PeerAddress
 from tools.proxy.settings import ProxySettings
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,22 @@ class Server:
     failures: int = 0
     last_error: str | None = None
     failed_probes: int = 0
+    lease_until: float | None = None  # on the clock of time.monotonic; None where it is listed
+    peer: PeerAddress | None = None  # who can push to it
 
     @contextmanager
     def serving(self) -> Iterator[None]:
         """While a request is there."""
         self.requests += 1
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While a request that will go there is prefilled."""
         self.in_flight += 1
         try:
             yield
@@ -71,7 +84,8 @@ class Server:
     def status(self) -> dict[str, Any]:
         """What `/status` shows."""
         names = ("url", "role", "healthy", "in_flight", "requests", "failures", "last_error")
-        return {name: getattr(self, name) for name in names}
+        left_s = None if self.lease_until is None else round(max(0.0, self.lease_until - time.monotonic()), 1)
+        return {**{name: getattr(self, name) for name in names}, "lease_left_s": left_s}
 
     def _set_healthy(self, healthy: bool) -> None:
         if healthy != self.healthy:
@@ -83,6 +97,7 @@ class Pool:
     """The servers of one role."""
 
     def __init__(self, role: Role, urls: Sequence[str]) -> None:
+        self.role = role
         self.servers = [Server(url, role) for url in urls]
         self._next = 0
 
@@ -90,6 +105,9 @@ class Pool:
     def healthy(self) -> bool:
         """Whether any server is."""
         return any(server.healthy for server in self.servers)
+
+    def find(self, url: str) -> Server | None:
+        return next((server for server in self.servers if server.url == url), None)
 
     def pick(self, without: Collection[Server]) -> Server | None:
         """The healthy server with the least requests in flight, in turn where several have; None if none is left.
@@ -112,19 +130,27 @@ class HealthWatch:
     def __init__(self, settings: ProxySettings, session: aiohttp.ClientSession, servers: Sequence[Server]) -> None:
         self._interval_s, self._session, self._servers = settings.health_interval_s, session, servers
         self._timeout = aiohttp.ClientTimeout(total=settings.connect_timeout_s)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Server, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         """Ask each once, then go on in the background."""
-        await asyncio.gather(*map(self._probe, self._servers))
-        self._tasks = [asyncio.create_task(self._watch(server)) for server in self._servers]
+        await asyncio.gather(*map(self.add, self._servers))
 
-    async def stop(self) -> None:
-        for task in self._tasks:
+    async def add(self, server: Server) -> None:
+        """Ask it once, then go on in the background."""
+        await self._probe(server)
+        self._tasks[server] = asyncio.create_task(self._watch(server))
+
+    async def remove(self, server: Server) -> None:
+        task = self._tasks.pop(server, None)
+        if task is not None:
             task.cancel()
-        for task in self._tasks:
             with suppress(asyncio.CancelledError):
                 await task
+
+    async def stop(self) -> None:
+        for server in list(self._tasks):
+            await self.remove(server)
 
     async def _watch(self, server: Server) -> None:
         while True:

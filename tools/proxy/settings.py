@@ -23,6 +23,7 @@ class ProxySettings:
         min_prompt_chars: prompts shorter than this go to a decode server only.
         prefill_timeout_s: for all tries of one prefill together.
         idle_timeout_s: longest wait for the next bytes of a server or a client.
+        register_key_file: a secret; servers that know it may register.
 
     Raises:
         ConfigError: a value is not allowed; the message names the option and the value.
@@ -39,10 +40,12 @@ class ProxySettings:
     health_interval_s: float = 2.0
     max_in_flight: int = 1024
     max_body_mib: int = 32
+    register_key_file: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prefill", _urls("--prefill", self.prefill))
-        object.__setattr__(self, "decode", _urls("--decode", self.decode))
+        may_register = self.register_key_file is not None
+        object.__setattr__(self, "prefill", _urls("--prefill", self.prefill, may_be_none=may_register))
+        object.__setattr__(self, "decode", _urls("--decode", self.decode, may_be_none=may_register))
         if not self.host or any(c.isspace() for c in self.host):
             raise ConfigError(f"--host: {self.host!r} is not allowed; give an address or a name to listen at")
         _whole("--port", self.port, 0, 65535)
@@ -59,17 +62,21 @@ class ProxySettings:
         return self.max_body_mib << 20
 
 
-def _urls(option: str, given: tuple[str, ...]) -> tuple[str, ...]:
-    if not given:
-        raise ConfigError(f"{option}: () is not allowed; give the URL of at least one server")
-    urls = tuple(_url(option, url) for url in given)
+def _urls(option: str, given: tuple[str, ...], *, may_be_none: bool) -> tuple[str, ...]:
+    if not given and not may_be_none:
+        raise ConfigError(
+            f"{option}: () is not allowed; give the URL of at least one server, or let servers register "
+            "with --register-key-file"
+        )
+    urls = tuple(server_url(option, url) for url in given)
     for i, url in enumerate(urls):
         if url in urls[:i]:
             raise ConfigError(f"{option}: {given[i]!r} is given twice")
     return urls
 
 
-def _url(option: str, url: str) -> str:
+def server_url(option: str, url: str) -> str:
+    """A server's URL in one form; raises ConfigError, which names the option, where it is none."""
     wanted = f"{option}: {url!r} is not allowed; give scheme, host and port only, like http://127.0.0.1:8100"
     try:
         parts = urlsplit(url)
