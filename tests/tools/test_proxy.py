@@ -8,9 +8,11 @@ import json
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -19,7 +21,9 @@ from typing import Any
 
 import pytest
 
+from connectors.registration import Joins, PeerAddress, Registration, read_secret
 from kvstore.errors import ConfigError
+from tests.waiting import wait_until
 
 aiohttp = pytest.importorskip("aiohttp")
 web = pytest.importorskip("aiohttp.web")
@@ -683,7 +687,7 @@ def test_status_names_each_server() -> None:
     async def test(client: Client) -> None:
         await client.ask(LONG)
         _, shown = await client.get("/status")
-        same = {"healthy": True, "in_flight": 0, "requests": 1, "failures": 0, "last_error": None}
+        same = {"healthy": True, "in_flight": 0, "requests": 1, "failures": 0, "last_error": None, "lease_left_s": None}
         servers = [{"url": a.url, "role": "prefill", **same}, {"url": b.url, "role": "decode", **same}]
         assert shown == {"in_flight": 0, "servers": servers}
 
@@ -765,10 +769,324 @@ def test_settings_that_are_wrong_are_named(changes: dict[str, Any], named: str) 
         settings(**given)
 
 
-# -- what the proxy itself lacks
-
+# -- servers that register
 
 PROXY = [sys.executable, "-c", "from tools.cli import main; main()", "proxy", "--port", "0", "--json"]
+SECRET = "a secret of the tests"
+PEER = {"address": "tcp://127.0.0.1:5", "key": "k"}
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> str:
+    path = tmp_path / "secret"
+    path.write_text(SECRET + "\n")
+    path.chmod(0o600)
+    return str(path)
+
+
+def register(client: Client, url: str, role: str = "decode", secret: str = SECRET, **told: Any) -> Any:
+    told = {"role": role, "url": url, "lease_s": 5.0, **told}
+    return client.session.post(f"{client.url}/servers", json=told, headers={"Authorization": f"Bearer {secret}"})
+
+
+async def joined(client: Client, url: str, role: str = "decode", **told: Any) -> None:
+    async with register(client, url, role, **told) as answer:
+        assert answer.status == 200, await answer.text()
+    for as_role in ("prefill", "decode") if role == "both" else (role,):
+        await until(lambda as_role=as_role: is_healthy(client, url, as_role))  # type: ignore[misc]
+
+
+async def is_healthy(client: Client, url: str, role: str) -> bool:
+    return bool((await client.server(url, role))["healthy"])
+
+
+async def listed(client: Client) -> list[tuple[str, str]]:
+    _, shown = await client.get("/status")
+    return [(server["role"], server["url"]) for server in shown["servers"]]
+
+
+def alone(test: Test, key_file: str, *fakes: Fake, **changes: Any) -> None:
+    """Run a test with a proxy that knows no server yet."""
+
+    async def main() -> None:
+        async with asyncio.timeout(20), contexts(fakes):
+            given = settings([], [], register_key_file=key_file, **changes)
+            async with running(given) as url, aiohttp.ClientSession() as session:
+                await test(Client(url, session))
+
+    asyncio.run(main())
+
+
+def test_servers_register_and_leave(key_file: str) -> None:
+    a, b = Fake("a", say_params), Fake("b")
+
+    async def test(client: Client) -> None:
+        assert (await client.ask())[0] == 503
+        await joined(client, a.url, "prefill")
+        await joined(client, b.url)
+        assert await client.ask(LONG) == (200, {"from": "b"})
+        assert b.bodies[-1]["kv_transfer_params"] == PARAMS
+        assert 0 < (await client.server(b.url))["lease_left_s"] <= 5
+        headers = {"Authorization": f"Bearer {SECRET}"}
+        async with client.session.delete(f"{client.url}/servers", json={"url": b.url}, headers=headers) as answer:
+            assert answer.status == 200
+        assert await listed(client) == [("prefill", a.url)]
+        assert (await client.ask())[0] == 503
+        await joined(client, a.url, "both")
+        assert await listed(client) == [("prefill", a.url), ("decode", a.url)]
+
+    alone(test, key_file, a, b)
+
+
+def test_who_does_not_renew_leaves(key_file: str) -> None:
+    a, b = Fake("a"), Fake("b", stream("done"))
+
+    async def test(client: Client) -> None:
+        await joined(client, a.url, lease_s=5.0)
+        await joined(client, b.url, lease_s=1.0)
+        renewals = 0
+        start = time.monotonic()
+        while time.monotonic() - start < 1.5:  # longer than the lease
+            await joined(client, b.url, lease_s=1.0)
+            renewals += 1
+            await asyncio.sleep(0.1)
+        assert renewals > 3 and len(await listed(client)) == 2
+        a.health = 500  # b is the one that answers
+        await until(lambda: is_out(client, a.url))
+        answer = await client.post(stream=True)
+        await until(lambda: is_only(client, a.url))
+        b.go_on.set()
+        assert (await answer.text()).endswith("data: [DONE]\n\n")  # what was in flight goes on
+
+    alone(test, key_file, a, b)
+
+
+async def is_out(client: Client, url: str) -> bool:
+    return not (await client.server(url))["healthy"]
+
+
+async def is_only(client: Client, url: str) -> bool:
+    return await listed(client) == [("decode", url)]
+
+
+def test_a_listed_server_stays_and_tells_its_peer(key_file: str) -> None:
+    a, b = Fake("a", say_params), Fake("b")
+
+    async def test(client: Client) -> None:
+        await joined(client, b.url, lease_s=1.0, peer=PEER)
+        await joined(client, a.url, "prefill", lease_s=1.0)
+        await asyncio.sleep(1.5)
+        assert await listed(client) == [("prefill", a.url), ("decode", b.url)]
+        assert (await client.server(b.url))["lease_left_s"] is None
+        await client.ask(LONG)
+        assert a.bodies[-1]["kv_transfer_params"] == {**ASK_FOR_HAND_OVER, "kvstore_push_to": PEER}
+
+    play(test, a, b, register_key_file=key_file)
+
+
+def test_kv_is_pushed_to_the_server_that_decodes(key_file: str) -> None:
+    """Each request goes where its prefill was told it would; several at once are spread."""
+    go_on = asyncio.Event()
+
+    async def wait(fake: Fake, request: Any, body: Any) -> Any:
+        await go_on.wait()
+        return web.json_response({"kv_transfer_params": body["kv_transfer_params"]["kvstore_push_to"]})
+
+    a, decoders = Fake("a", wait), [Fake(f"d{i}") for i in range(3)]
+
+    async def test(client: Client) -> None:
+        await joined(client, a.url, "prefill")
+        for i, fake in enumerate(decoders):
+            await joined(client, fake.url, peer={"address": f"tcp://127.0.0.1:{i + 1}", "key": ""})
+        asked = [asyncio.create_task(client.ask(LONG)) for _ in range(6)]
+        await until(lambda: has_come(a, 6))
+        go_on.set()
+        assert {status for status, _ in await asyncio.gather(*asked)} == {200}
+        for i, fake in enumerate(decoders):
+            told = [body["kv_transfer_params"]["address"] for body in fake.bodies]
+            assert told == [f"tcp://127.0.0.1:{i + 1}"] * 2
+        _, shown = await client.get("/status")
+        assert [server["in_flight"] for server in shown["servers"]] == [0] * 4
+
+    alone(test, key_file, a, *decoders)
+
+
+async def has_come(fake: Fake, n: int) -> bool:
+    return len(fake.asked) == n
+
+
+def test_the_server_that_was_to_decode_goes_out_meanwhile(key_file: str) -> None:
+    go_on = asyncio.Event()
+
+    async def wait(fake: Fake, request: Any, body: Any) -> Any:
+        await go_on.wait()
+        return web.json_response({"kv_transfer_params": PARAMS})
+
+    a, b, c = Fake("a", wait), Fake("b"), Fake("c")
+
+    async def test(client: Client) -> None:
+        await joined(client, a.url, "prefill")
+        await joined(client, b.url, peer=PEER)
+        asked = asyncio.create_task(client.ask(LONG))
+        await until(lambda: has_come(a, 1))
+        await joined(client, c.url)
+        b.health = 500
+        await until(lambda: is_out(client, b.url))
+        go_on.set()
+        assert await asked == (200, {"from": "c"})
+
+    alone(test, key_file, a, b, c)
+
+
+@pytest.mark.parametrize(
+    ("told", "status"),
+    [
+        ({"secret": "another secret, as long"}, 401),
+        ({"secret": ""}, 401),
+        ({"role": "boss"}, 400),
+        ({"lease_s": 0}, 400),
+        ({"lease_s": 1e9}, 400),
+        ({"lease_s": "5"}, 400),
+        ({"url": "ftp://x"}, 400),
+        ({"url": "http://x/\u00e9?q"}, 400),
+        ({"url": "http://" + "x" * 2000}, 400),
+        ({"peer": {"address": "x"}}, 400),
+        ({"peer": {"address": "x" * 300, "key": ""}}, 400),
+        ({"more": 1}, 400),
+        ({"more": "x" * (70 << 10)}, 413),
+    ],
+    ids=lambda told: str(told)[:40],
+)
+def test_registrations_that_are_refused(key_file: str, told: dict[str, Any], status: int) -> None:
+    async def test(client: Client) -> None:
+        async with register(client, **{"url": "http://127.0.0.1:9", **told}) as answer:
+            assert answer.status == status
+            assert (await answer.json())["error"]["code"] == status
+        assert await listed(client) == []
+
+    alone(test, key_file)
+
+
+def test_no_more_than_so_many_register(key_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.proxy.registry.MAX_SERVERS", 2)
+
+    async def test(client: Client) -> None:
+        for port, status in ((1, 200), (2, 200), (3, 400), (1, 200)):
+            async with register(client, f"http://127.0.0.1:{port}") as answer:
+                assert answer.status == status
+
+    alone(test, key_file)
+
+
+def test_without_a_secret_nobody_registers() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def test(client: Client) -> None:
+        async with register(client, a.url) as answer:
+            assert answer.status == 404
+        assert len(await listed(client)) == 2
+
+    play(test, a, b)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "named"), [("short", 0o600, "no secret"), (SECRET, 0o644, "read by others")]
+)
+def test_a_secret_that_is_none(tmp_path: Path, content: str, mode: int, named: str) -> None:
+    path = tmp_path / "secret"
+    path.write_text(content)
+    path.chmod(mode)
+
+    async def start() -> None:
+        async with running(settings([], [], register_key_file=str(path))):
+            pass
+
+    with pytest.raises(ConfigError, match=named):
+        asyncio.run(start())
+    with pytest.raises(ConfigError, match="nowhere"):
+        read_secret(tmp_path / "nowhere")
+
+
+# -- what registers
+
+
+def start_proxy(key_file: str, port: int = 0) -> tuple[subprocess.Popen[str], str]:
+    command = [
+        *PROXY[:-3],
+        "--port",
+        str(port),
+        "--json",
+        "--register-key-file",
+        key_file,
+        "--health-interval-s",
+        "0.2",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as out:
+        return process, json.loads(out.readline())["url"]
+
+
+def servers_of(url: str) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"{url}/status", timeout=10) as answer:
+        servers: list[dict[str, Any]] = json.load(answer)["servers"]
+        return servers
+
+
+def test_a_proxy_that_is_started_again_is_told_again(key_file: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A real process, killed: who was registered is there again after a renewal, and leaves when it closes."""
+    proxy, url = start_proxy(key_file)
+    joins = Joins(role="both", url="http://127.0.0.1:9", lease_s=1.0, peer=PeerAddress(**PEER))
+    registration = Registration(url, read_secret(key_file), joins)
+    try:
+        wait_until(lambda: len(servers_of(url)) == 2)
+        proxy.kill()
+        proxy.wait()
+        wait_until(lambda: "not registered" in caplog.text)
+        proxy, url = start_proxy(key_file, port=int(url.rpartition(":")[2]))
+        wait_until(lambda: len(servers_of(url)) == 2)
+        assert caplog.text.count("not registered") == 1
+        registration.close()
+        assert servers_of(url) == []
+    finally:
+        registration.close()
+        proxy.kill()
+        proxy.wait()
+
+
+def test_who_is_killed_leaves_by_its_lease(key_file: str) -> None:
+    proxy, url = start_proxy(key_file)
+    code = (
+        "import sys, time; from connectors.registration import *\n"
+        "joins = Joins(role='decode', url='http://127.0.0.1:9', lease_s=1.0)\n"
+        "Registration(sys.argv[1], read_secret(sys.argv[2]), joins)\n"
+        "time.sleep(600)"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code, url, key_file], cwd=ROOT)
+    try:
+        wait_until(lambda: len(servers_of(url)) == 1)
+        server.kill()
+        server.wait()
+        assert len(servers_of(url)) == 1
+        wait_until(lambda: servers_of(url) == [])
+    finally:
+        for process in (server, proxy):
+            process.kill()
+            process.wait()
+
+
+def test_a_proxy_that_hangs_does_not_hold_a_server_up(key_file: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        joins = Joins(role="decode", url="http://127.0.0.1:9", lease_s=1.0)
+        start = time.monotonic()
+        registration = Registration(f"http://127.0.0.1:{hangs.getsockname()[1]}", read_secret(key_file), joins)
+        registration.close()
+        assert time.monotonic() - start < 10
+    with pytest.raises(ConfigError, match="register_at: 'ftp://x'"):
+        Registration("ftp://x", read_secret(key_file), joins)
+
+
+# -- what the proxy itself lacks
 
 
 def limited(soft: int, hard: int) -> Callable[[], None]:

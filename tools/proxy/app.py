@@ -121,7 +121,7 @@ class Proxy:
             if request.method == "DELETE":
                 await registry.leave(data)
                 return web.json_response({})
-            joined = await registry.join(data)
+            joined = registry.join(data)
             return web.json_response({"lease_s": joined.lease_s})
         except _TooLargeError:
             return error_answer(413, f"the body is larger than {REGISTER_MAX_NBYTES} bytes")

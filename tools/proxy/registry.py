@@ -39,7 +39,7 @@ class Registry:
         wanted = b"Bearer " + self._secret
         return hmac.compare_digest((authorization or "").encode("utf-8", "surrogateescape"), wanted)
 
-    async def join(self, data: bytes) -> Joins:
+    def join(self, data: bytes) -> Joins:
         """Raises RefusedError."""
         try:
             joins = msgspec.json.decode(data, type=Joins)
@@ -48,7 +48,7 @@ class Registry:
             raise RefusedError(str(e)) from e
         for pool in self._pools:
             if joins.role in (pool.role, "both"):
-                server = pool.find(url) or await self._add(pool, url)
+                server = pool.find(url) or self._add(pool, url)
                 server.peer = joins.peer
                 if server.lease_until is not None:
                     server.lease_until = time.monotonic() + joins.lease_s
@@ -74,13 +74,13 @@ class Registry:
             with suppress(asyncio.CancelledError):
                 await self._task
 
-    async def _add(self, pool: Pool, url: str) -> Server:
+    def _add(self, pool: Pool, url: str) -> Server:
         if sum(len(pool.servers) for pool in self._pools) >= MAX_SERVERS:
             raise RefusedError(f"{MAX_SERVERS} servers are registered already")
         server = Server(url, pool.role, lease_until=time.monotonic())
         pool.servers.append(server)
         logger.info("%s server %s has registered", server.role, server.url)
-        await self._watch.add(server)
+        self._watch.add(server)
         return server
 
     async def _remove(self, pool: Pool, server: Server, why: str) -> None:

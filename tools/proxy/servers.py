@@ -134,12 +134,13 @@ class HealthWatch:
 
     async def start(self) -> None:
         """Ask each once, then go on in the background."""
-        await asyncio.gather(*map(self.add, self._servers))
+        await asyncio.gather(*map(self._probe, self._servers))
+        for server in self._servers:
+            self.add(server, self._interval_s)
 
-    async def add(self, server: Server) -> None:
-        """Ask it once, then go on in the background."""
-        await self._probe(server)
-        self._tasks[server] = asyncio.create_task(self._watch(server))
+    def add(self, server: Server, delay_s: float = 0.0) -> None:
+        """Ask it in the background, again and again."""
+        self._tasks[server] = asyncio.create_task(self._watch(server, delay_s))
 
     async def remove(self, server: Server) -> None:
         task = self._tasks.pop(server, None)
@@ -152,10 +153,11 @@ class HealthWatch:
         for server in list(self._tasks):
             await self.remove(server)
 
-    async def _watch(self, server: Server) -> None:
+    async def _watch(self, server: Server, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
         while True:
-            await asyncio.sleep(self._interval_s)
             await self._probe(server)
+            await asyncio.sleep(self._interval_s)
 
     async def _probe(self, server: Server) -> None:
         try:
