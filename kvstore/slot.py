@@ -98,6 +98,12 @@ class SlotCodec:
         self.fmt = fmt
         self._digest = _digest_function(integrity_key)
 
+    def for_format(self, fmt: SlotFormat) -> SlotCodec:
+        """The same digests, for slots of another format."""
+        codec = SlotCodec(fmt)
+        codec._digest = self._digest
+        return codec
+
     def seal(self, rows: Rows, slots: Slots, keys: KeyArray, namespace: bytes, generations: NDArray[np.uint64]) -> None:
         """Write the trailers of ``rows[slots]``; payload and padding are only read."""
         fmt = self.fmt

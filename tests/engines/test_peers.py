@@ -301,15 +301,24 @@ def test_every_setting_is_in_the_docs() -> None:
         ({"keys_path": "/nowhere"}, "kv_connector_extra_config.*nowhere"),
         ({"disk_path": "/x"}, "kv_connector_extra_config.disk_path: not known"),
         ({"block_size": 256}, "kv_connector_extra_config.block_size: not known"),
+        ({"push": 1}, "kv_connector_extra_config.push: 1"),
+        ({"register_at": "http://x"}, "kv_connector_extra_config.register_at: 'http://x' needs serve_at, register_key"),
+        (
+            {"register_at": "http://x", "serve_at": "http://y", "register_key_file": "/nowhere"},
+            "kv_connector_extra_config.*/nowhere cannot be read",
+        ),
     ],
     ids=str,
 )
 def test_a_wrong_setting_names_the_key(extra: dict[str, Any], message: str) -> None:
     """As the connector reads them at the start."""
+    from vllm.config import KVTransferConfig
+
     from connectors.vllm import KVStoreTcpConnector
 
     connector = object.__new__(KVStoreTcpConnector)
     connector._event_log_blocks = 0
+    connector._kv_transfer_config = KVTransferConfig(kv_connector=TCP, kv_role="kv_both")
 
     def start() -> None:
         connector.configure(IDENTITY, {"num_cpu_blocks": 8, **extra})
