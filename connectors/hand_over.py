@@ -195,10 +195,10 @@ class HandOverScheduler(OffloadingScheduler):
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
+        self._consumers.close()  # wakes up what pushes
+        self._pushes.close()
         self._service.close()
         self._peers.close()
-        self._consumers.close()
-        self._pushes.close()
         self._buffer.close()
         super().close()
 

@@ -435,6 +435,30 @@ def test_a_client_waits_for_a_server_that_is_not_there_yet(keys: Keys) -> None:
         assert asked == [2]  # what has timed out before is not sent
 
 
+def test_a_peer_that_cannot_be_reached_is_not_waited_for_long(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connectors.control.client.CONNECT_S", 0.3)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with connect(keys, address) as client:
+            start = time.monotonic()
+            with pytest.raises(ControlTimeoutError, match="not yet connected"):
+                client.ask(Ask(1), 60)
+            assert time.monotonic() - start < 20
+
+
+def test_a_slow_answer_is_waited_for(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connectors.control.client.CONNECT_S", 0.1)
+
+    def slow(peer: Peer, request: Ask) -> Answer:
+        time.sleep(0.5)
+        return Answer("", request.number)
+
+    with serve(keys, slow) as server, connect(keys, server.address) as client:
+        wait_until(lambda: client.is_alive)
+        assert client.ask(Ask(7), 60).number == 7
+
+
 @contextlib.contextmanager
 def server_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
     code = (

@@ -34,6 +34,7 @@ from kvstore.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+CONNECT_S: Final = 5.0  # a peer that cannot be reached for so long is not waited for
 _RECONNECT_MS: Final = 50
 _RECONNECT_MAX_MS: Final = 1000
 
@@ -112,7 +113,7 @@ class ControlClient(End):
         """Send a request and wait for its answer; one of ``messages``.
 
         Raises:
-            ControlTimeoutError: none came in time; what comes later is dropped.
+            ControlTimeoutError: none came in time, or no connection in `CONNECT_S`; what comes later is dropped.
             ControlClosedError: this end was closed, or the peer is gone.
             ControlRefusedError: the peer refuses; it has not begun to carry the request out, unless its
                 reason says that it failed, or is the handler's.
@@ -125,10 +126,14 @@ class ControlClient(End):
             raise ControlError(f"a request of {len(body)} bytes is over {self._max_frame_nbytes}")
         answers: queue.SimpleQueue[bytes | ControlError] = queue.SimpleQueue()
         number = self._enqueue(body, time.monotonic() + timeout_s, answers)
+        begun, waits_s = time.monotonic(), (min(timeout_s, CONNECT_S), timeout_s)
         try:
-            answer = answers.get(timeout=timeout_s)
-        except queue.Empty:
-            raise ControlTimeoutError(f"no answer from {self._address} in {timeout_s:g} s{self._why()}") from None
+            for wait_s in waits_s:
+                with contextlib.suppress(queue.Empty):
+                    answer = answers.get(timeout=max(0.0, begun + wait_s - time.monotonic()))
+                    break
+                if wait_s == timeout_s or self._state is not _PeerState.HERE:
+                    raise ControlTimeoutError(f"no answer from {self._address} in {wait_s:g} s{self._why()}")
         finally:
             with self._lock:
                 self._waiting.pop(number, None)
