@@ -11,6 +11,7 @@ from connectors.base import Stripe
 from connectors.curve_keys import CurveKeys
 from connectors.hand_over import HandOverConfig, HandOverScheduler
 from connectors.nccl import NcclEnd
+from connectors.nixl import NixlEnd
 from connectors.offloading import OffloadingWorker
 from connectors.pipe import PipeEnd
 from connectors.tcp import TcpEnd
@@ -21,7 +22,7 @@ from kvstore.slot import Rows
 from tools.demo_process import serve
 
 NUM_BLOCKS = 64
-ENDS: dict[str, Any] = {"tcp": TcpEnd, "nccl": NcclEnd}
+ENDS: dict[str, Any] = {"tcp": TcpEnd, "nccl": NcclEnd, "nixl": NixlEnd}
 
 
 class Host:

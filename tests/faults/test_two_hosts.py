@@ -5,6 +5,7 @@ Loss comes from netem where the kernel has it, else from a short queue that over
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from connectors.curve_keys import generate
 from tests.waiting import wait_until
 from tools.demo_process import Child
 
+NEEDS_NIXL = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 LOAD_TIMEOUT_S = 8.0
 N = 24
@@ -92,7 +94,7 @@ class Host:
     """A process in one of the namespaces."""
 
     def __init__(self, link: Link, i: int, transport: str, folder: Path) -> None:
-        before = {"PYTHONDONTWRITEBYTECODE": "1"}
+        before = {"PYTHONDONTWRITEBYTECODE": "1", "UCX_NET_DEVICES": "kvt0", "UCX_TLS": "tcp,self"}
         self.child = Child(
             f"host-{i}", "tests.faults.hand_over_host", folder, before, prefix=["ip", "netns", "exec", link.names[i]]
         )
@@ -103,7 +105,7 @@ class Host:
         return self.child.ask(command, timeout_s=60, **arguments)["answer"]
 
 
-@pytest.fixture(params=["tcp", "nccl"])
+@pytest.fixture(params=["tcp", "nccl", pytest.param("nixl", marks=NEEDS_NIXL)])
 def hosts(request: pytest.FixtureRequest, link: Link, tmp_path: Path) -> Iterator[tuple[Host, Host]]:
     for i in range(2):
         generate(tmp_path / f"keys-{i}", f"host-{i}")
