@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +24,7 @@ from tests.waiting import wait_until
 from tools.demo_process import ChildError
 
 pytestmark = NEEDS_VLLM
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (1500, 700, 130, 100)
 PROMPTS = [prompt(i, n) for i, n in enumerate(LENGTHS)]
 TCP = "KVStoreTcpConnector"
@@ -159,11 +164,37 @@ def dies_while_it_sends(connector: str, consumer: Engine, start: Callable[..., E
         producer.settle()  # it is dead
 
 
-def test_prompts_are_pushed(pair: tuple[Engine, Engine], start: Callable[..., Engine]) -> None:
-    """The decode server is named to the prefill server, and then asks for nothing."""
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """URL of a proxy, and the file with the secret that servers register with."""
+    secret = tmp_path / "secret"
+    secret.write_text("a secret of the tests\n")
+    secret.chmod(0o600)
+    command = [sys.executable, "-c", "from tools.cli import main; main()", "proxy", "--port", "0", "--json"]
+    process = subprocess.Popen(
+        [*command, "--register-key-file", str(secret)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    with process.stdout as out:
+        url = json.loads(out.readline())["url"]
+    yield url, str(secret)
+    process.kill()
+    process.wait()
+
+
+def registered(url: str) -> list[tuple[str, str]]:
+    with urllib.request.urlopen(f"{url}/status", timeout=10) as answer:
+        return [(server["role"], server["url"]) for server in json.load(answer)["servers"]]
+
+
+def test_prompts_are_pushed(pair: tuple[Engine, Engine], start: Callable[..., Engine], proxy: tuple[str, str]) -> None:
+    """The decode server is named to the prefill server, and then asks for nothing. The latter is with a proxy
+    from its start to its end."""
     _, consumer = pair
     to = {"address": f"tcp://127.0.0.1:{CONSUMER_PORT}", "key": ""}
-    producer = start("pushes", peer(TCP, "kv_producer", push=True))
+    here = {"register_at": proxy[0], "register_key_file": proxy[1], "serve_at": "http://127.0.0.1:9"}
+    producer = start("pushes", peer(TCP, "kv_producer", push=True, **here))
+    wait_until(lambda: registered(proxy[0]) == [("prefill", "http://127.0.0.1:9")])
     prompts = [prompt(70 + i, n) for i, n in enumerate(LENGTHS[:3])]
     cold = computed(consumer, prompts)
     before = consumer.settle()["peer"]["read_nbytes"]
@@ -176,6 +207,7 @@ def test_prompts_are_pushed(pair: tuple[Engine, Engine], start: Callable[..., En
     assert consumer.settle()["peer"]["read_nbytes"] == before
     assert consumer.settle()["host"]["pinned_blocks"] == 0
     producer.stop()
+    assert registered(proxy[0]) == []
 
 
 def test_first_the_peer_then_the_shared_path_then_compute(
