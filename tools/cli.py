@@ -81,21 +81,46 @@ def demo(
         raise typer.Exit(int(not result.same_text))
 
 
+class Sort(StrEnum):
+    """What `ls` can sort by."""
+
+    PATH = "path"
+    MODEL = "model"
+    BLOCKS = "blocks"
+    BYTES = "bytes"
+    OLDEST = "oldest"
+    NEWEST = "newest"
+
+
 @app.command()
-def ls(path: StoredPath, json: Json = False) -> None:
+def ls(
+    path: StoredPath,
+    json: Json = False,
+    sort: Annotated[Sort, typer.Option(help="Smallest, or youngest, first.")] = Sort.PATH,
+    reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
+    model: Annotated[str, typer.Option(metavar="TEXT", help="Only models with this in their name.")] = "",
+    tier: Annotated[str, typer.Option(metavar="TIER", help="Only disk, or only shared.")] = "",
+    namespace: Annotated[str, typer.Option(metavar="HEX", help="Only namespaces that begin so.")] = "",
+    older_than: Annotated[str, typer.Option(metavar="AGE", help="Only where nothing is newer: 90s, 2h, 7d.")] = "0s",
+    limit: Annotated[int | None, typer.Option(min=0, help="So many rows.")] = None,
+) -> None:
     """Show what is stored, by namespace.
 
     A row for each, with model, blocks, bytes and age. Reads no payload and writes nothing;
     running stores are not disturbed.
 
     \b
-    Example: kvstore ls /var/cache/kv
+    Example: kvstore ls /var/cache/kv --sort bytes --reverse --limit 5
     """
     with _errors():
-        from tools.ls import list_stored
-        from tools.output import show
+        from tools.ls import Chosen, list_stored
+        from tools.output import parse_age, show
 
-        listing = list_stored(path)
+        chosen = Chosen(
+            sort=sort.value, reverse=reverse, model=model, tier=tier, namespace=namespace,
+            older_than_s=parse_age("--older-than", older_than), limit=limit,
+        )  # fmt: skip
+        listing = list_stored(path, chosen)
         show(listing.to_dict(), listing.parts(), as_json=json)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import RenderableType
 
-from kvstore.tiers.catalog import Catalog, Space
-from tools.output import age, lines, size, table
+from kvstore.tiers.catalog import Catalog, Summary
+from tools.output import age, lines, progress, size, table
 from tools.places import find_catalogs
 
 COLUMNS = ("model", "tier", "path", "namespace", "blocks", "bytes", "oldest", "newest", "state")
@@ -35,11 +35,11 @@ class Row:
     dtype: str | None
     block_size: int | None
     state: str
-    chunks: int = 0
-    blocks: int = 0
-    nbytes: int = 0
-    oldest_s: float = 0.0
-    newest_s: float = float("inf")
+    chunks: int
+    blocks: int
+    nbytes: int
+    oldest_s: float
+    newest_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +61,59 @@ class Listing:
         yield from problem_lines(self.problems)
 
 
-def list_stored(path: Path) -> Listing:
-    """Everything stored in a directory, or in those right below it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Which rows are wanted, and in which order.
+
+    Attributes:
+        sort: one of `SORTS`.
+        model, namespace: a part of the model's name; the namespace's first digits.
+        older_than_s: nothing in it is newer.
+        limit: rows, of those that come first.
+    """
+
+    sort: str = "path"
+    reverse: bool = False
+    model: str = ""
+    tier: str = ""
+    namespace: str = ""
+    older_than_s: float = 0.0
+    limit: int | None = None
+
+    def rows(self, rows: Sequence[Row]) -> list[Row]:
+        wanted = [
+            row
+            for row in rows
+            if self.model.lower() in (row.model or "").lower()
+            and self.tier in ("", row.tier)
+            and row.namespace.startswith(self.namespace.lower())
+            and row.newest_s >= self.older_than_s
+        ]
+        return sorted(wanted, key=SORTS[self.sort], reverse=self.reverse)[: self.limit]
+
+
+SORTS: Final[dict[str, Callable[[Row], Any]]] = {
+    "path": lambda row: (row.path, row.tier, -row.blocks),
+    "model": lambda row: (row.model or "", row.path),
+    "blocks": lambda row: row.blocks,
+    "bytes": lambda row: row.nbytes,
+    "oldest": lambda row: row.oldest_s,
+    "newest": lambda row: row.newest_s,
+}
+
+
+def list_stored(path: Path, chosen: Chosen | None = None) -> Listing:
+    """What is stored in a directory, or in those right below it.
 
     Raises:
         ConfigError: there is nothing of a tier there.
     """
-    catalogs, rows, now_ns = find_catalogs(path), [], time.time_ns()
+    catalogs, rows = find_catalogs(path), []
     for catalog in catalogs:
-        rows += _rows(catalog, now_ns)
-    return Listing(sorted(rows, key=lambda row: (row.path, row.tier, -row.blocks)), problems_of(catalogs))
+        with progress(f"{catalog.tier} {catalog.path}", None) as advance:
+            found = catalog.summary(advance)
+        rows += [_row(summary, time.time_ns()) for summary in found]
+    return Listing((chosen or Chosen()).rows(rows), problems_of(catalogs))
 
 
 def problems_of(catalogs: Sequence[Catalog]) -> dict[str, list[str]]:
@@ -84,22 +127,8 @@ def problem_lines(problems: dict[str, list[str]]) -> Iterator[RenderableType]:
         yield from lines(*(f"problem in {where}: {text}" for text in texts))
 
 
-def _rows(catalog: Catalog, now_ns: int) -> list[Row]:
-    rows: dict[int, Row] = {}
-    for chunk in catalog.chunks():
-        row = rows.get(id(chunk.space))
-        if row is None:
-            row = rows[id(chunk.space)] = _row(chunk.space)
-        row.chunks += 1
-        row.blocks += chunk.space.fmt.slot.blocks_per_chunk if chunk.space.fmt else len(chunk.keys)
-        row.nbytes += chunk.nbytes
-        seconds = max(0.0, (now_ns - chunk.time_ns) / 1e9)
-        row.oldest_s, row.newest_s = max(row.oldest_s, seconds), min(row.newest_s, seconds)
-    return list(rows.values())
-
-
-def _row(space: Space) -> Row:
-    fmt = space.fmt
+def _row(summary: Summary, now_ns: int) -> Row:
+    space, fmt = summary.space, summary.space.fmt
     is_initial = fmt is None or space.namespace == fmt.initial_namespace
     return Row(
         tier=space.tier,
@@ -110,6 +139,11 @@ def _row(space: Space) -> Row:
         dtype=str(fmt.content.get("dtype")) if fmt else None,
         block_size=fmt.layout.block_size if fmt else None,
         state="served" if is_initial else "old epoch",
+        chunks=summary.chunks,
+        blocks=summary.blocks,
+        nbytes=summary.nbytes,
+        oldest_s=max(0.0, (now_ns - summary.oldest_ns) / 1e9),
+        newest_s=max(0.0, (now_ns - summary.newest_ns) / 1e9),
     )
 
 

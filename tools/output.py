@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from kvstore.errors import ConfigError
 
 _PIPE_WIDTH: Final = 200
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -72,6 +75,23 @@ def age(seconds: float) -> str:
         if seconds >= nseconds:
             return f"{seconds / nseconds:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def parse_age(option: str, text: str) -> float:
+    """``2h`` -> ``7200.0``; raises ConfigError, which names the option."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*(s|min|h|d)", text.strip().lower())
+    if found is None:
+        raise ConfigError(f"{option}: {text!r} is not allowed; give an age like 90s, 10min, 2h or 7d")
+    return float(found[1]) * {"s": 1, **dict(_AGES)}[found[2]]
+
+
+def parse_size(option: str, text: str) -> int:
+    """``1.5GiB`` -> ``1610612736``; raises ConfigError, which names the option."""
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,6})?)\s*(b|[kmgtp]ib|[kmgtp]b|)", text.strip().lower())
+    if found is None:
+        raise ConfigError(f"{option}: {text!r} is not allowed; give a size like 500MB, 64GiB or 1048576")
+    exponent = "bkmgtp".index(found[2][:1] or "b")
+    return int(float(found[1]) * (1000 if found[2].endswith("b") and "i" not in found[2] else 1024) ** exponent)
 
 
 @contextmanager

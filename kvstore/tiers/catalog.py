@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -121,6 +121,28 @@ class StoredChunk:
         return f"slot {self.place}" if isinstance(self.place, int) else str(self.place)
 
 
+@dataclass(slots=True)
+class Summary:
+    """All chunks of a space together.
+
+    Attributes:
+        oldest_ns, newest_ns: least and greatest `StoredChunk.time_ns`.
+    """
+
+    space: Space
+    chunks: int = 0
+    blocks: int = 0
+    nbytes: int = 0
+    oldest_ns: int = (1 << 63) - 1
+    newest_ns: int = 0
+
+    def add(self, chunks: int, blocks: int, nbytes: int, oldest_ns: int, newest_ns: int) -> None:
+        self.chunks += chunks
+        self.blocks += blocks
+        self.nbytes += nbytes
+        self.oldest_ns, self.newest_ns = min(self.oldest_ns, oldest_ns), max(self.newest_ns, newest_ns)
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What became of checking a chunk: ``reason`` is empty where it is sound.
@@ -164,6 +186,20 @@ class Catalog(ABC):
     @abstractmethod
     def chunks(self) -> Iterator[StoredChunk]:
         """Everything that a store could find here, payload unread."""
+
+    def summary(self, progress: Callable[[int], None] = lambda _: None) -> list[Summary]:
+        """What `chunks` would yield, added up by space.
+
+        Args:
+            progress: called with how many chunks have come since the last call.
+        """
+        found: dict[int, Summary] = {}
+        for chunk in self.chunks():
+            progress(1)
+            summary = found.setdefault(id(chunk.space), Summary(chunk.space))
+            blocks = chunk.space.fmt.slot.blocks_per_chunk if chunk.space.fmt else len(chunk.keys)
+            summary.add(1, blocks, chunk.nbytes, chunk.time_ns, chunk.time_ns)
+        return list(found.values())
 
     @abstractmethod
     def check(self) -> Iterator[Verdict]:

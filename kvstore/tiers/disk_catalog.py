@@ -9,30 +9,26 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import struct
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.direct_io import open_direct, preadv_full
 from kvstore.slot import ALIGNMENT, FOOTER, MAGIC, SlotCodec
-from kvstore.tiers.catalog import Catalog, Space, StoredChunk, StoredFormat, Verdict, why_bad
+from kvstore.tiers.catalog import Catalog, Space, StoredChunk, StoredFormat, Summary, Verdict, why_bad
 from kvstore.tiers.disk_dir import is_in_use
 from kvstore.tiers.disk_header import DirectoryHeader, read_header
-from kvstore.tiers.disk_index import Records, decode, empty_records, joined
+from kvstore.tiers.disk_index import Records, empty_records, joined
+from kvstore.tiers.index_stream import UnreadableIndexError, stream_index
 from kvstore.tiers.page_buffer import page_aligned
 
-_DUMP_SCRIPT: Final = Path(__file__).with_name("lmdb_dump.py")
-_DUMP_TIMEOUT_S: Final = 120.0
 _ATTEMPTS: Final = 3
 _READ_NBYTES: Final = 8 << 20
 _SCAN_SLOTS: Final = 256
-_LENGTHS: Final = struct.Struct("=II")
+T = TypeVar("T")
 _BEHIND_END: Final = "lies behind the end of the data file"
 
 
@@ -66,6 +62,34 @@ class DiskCatalog(Catalog):
         for i, (slot, generation) in enumerate(zip(records.slots.tolist(), records.generations.tolist(), strict=True)):
             space = self._space(fmt, records.namespaces[i].tobytes())
             yield StoredChunk(space, slot, records.keys[i].tobytes(), fmt.slot.slot_nbytes, generation, generation)
+
+    def summary(self, progress: Callable[[int], None] = lambda _: None) -> list[Summary]:
+        """From the index as it streams by: memory does not grow with it."""
+        if self._described is None:
+            return []
+        _, fmt = self._described
+
+        def fold(pieces: Iterable[Records]) -> list[Summary]:
+            found: dict[bytes, Summary] = {}
+            for records in pieces:
+                self._add(found, fmt, records)
+                progress(len(records))
+            return list(found.values())
+
+        summaries = self._fold_index(fmt, fold)
+        return fold(self._scan_pieces(fmt)) if summaries is None else summaries
+
+    def _add(self, found: dict[bytes, Summary], fmt: StoredFormat, records: Records) -> None:
+        halves = np.ascontiguousarray(records.namespaces).view(np.uint64).reshape(-1, 2)
+        left = np.ones(len(records), dtype=np.bool_)
+        while left.any():
+            first = int(left.argmax())
+            mine = left & (halves == halves[first]).all(axis=1)
+            left &= ~mine
+            namespace = records.namespaces[first].tobytes()
+            summary = found.setdefault(namespace, Summary(self._space(fmt, namespace)))
+            n, times = int(mine.sum()), records.generations[mine]
+            summary.add(n, n * fmt.slot.blocks_per_chunk, n * fmt.slot.slot_nbytes, int(times.min()), int(times.max()))
 
     def check(self) -> Iterator[Verdict]:
         if self._described is None:
@@ -146,26 +170,34 @@ class DiskCatalog(Catalog):
 
     def _read_index(self, fmt: StoredFormat) -> Records | None:
         """What the index holds; None where it cannot be read."""
+        empty = [empty_records(fmt.slot.blocks_per_chunk)]
+        return self._fold_index(fmt, lambda pieces: joined(empty + list(pieces)))
+
+    def _fold_index(self, fmt: StoredFormat, fold: Callable[[Iterator[Records]], T]) -> T | None:
+        """What becomes of the index, piece by piece; None where it cannot be read. May be tried again."""
         file, problem = self.path / "index" / "data.mdb", "missing"
         if not file.is_symlink() and file.is_file():
             for attempt in range(_ATTEMPTS):
                 # In use: join its readers, or pages could be reused under us. The last try goes
                 # without, for a lock file of another user or another PID namespace.
                 mode = "lock" if is_in_use(self.path) and attempt < _ATTEMPTS - 1 else "nolock"
-                problem, items = _dump(file.parent, mode)
-                if not problem:
-                    return decode(items, fmt.slot.blocks_per_chunk)
+                try:
+                    return fold(stream_index(file.parent, mode, fmt.slot.blocks_per_chunk))
+                except UnreadableIndexError as e:
+                    problem = str(e)
         self._problem(f"index: {problem}; the next store that opens the directory rebuilds it")
         return None
 
     def _scan(self, fmt: StoredFormat) -> Records:
         """Entries from the trailers in the data file, as a rebuild makes them."""
-        found, codec = [empty_records(fmt.slot.blocks_per_chunk)], self._codec(fmt)
+        return joined([empty_records(fmt.slot.blocks_per_chunk), *self._scan_pieces(fmt)])
+
+    def _scan_pieces(self, fmt: StoredFormat) -> Iterator[Records]:
+        codec = self._codec(fmt)
         for slots, trailers in self._trailers(fmt):
             parsed = codec.parse(trailers)
             records = Records(slots, parsed.generations, parsed.namespaces, parsed.keys)
-            found.append(records.at(parsed.valid & (parsed.generations > 0)))
-        return joined(found)
+            yield records.at(parsed.valid & (parsed.generations > 0))
 
     def _lost(self, fmt: StoredFormat, known: set[int]) -> Iterator[Verdict]:
         """Slots that were sealed once, and whose trailers no longer say what they hold."""
@@ -249,25 +281,3 @@ def _read_slots(fd: int | None, rows: NDArray[np.uint8], first: int) -> list[str
         if len(rows) == 1:
             return [f"cannot be read: {e}"]
     return [_read_slots(fd, rows[i : i + 1], first + i)[0] for i in range(len(rows))]
-
-
-def _dump(path: Path, mode: str) -> tuple[str, list[tuple[bytes, bytes]]]:
-    """The records of an index, through a child process; or what is wrong with it."""
-    command = [sys.executable, "-I", str(_DUMP_SCRIPT), str(path), mode]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_DUMP_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"reading it took more than {_DUMP_TIMEOUT_S:g} s", []
-    if done.returncode < 0:
-        return f"reading it was killed by signal {-done.returncode}", []
-    if done.returncode:
-        return done.stderr.decode(errors="replace").strip()[-300:] or "unreadable", []
-    data, at, items = done.stdout, 0, []
-    while at < len(data):
-        key, value = _LENGTHS.unpack_from(data, at)
-        at += _LENGTHS.size
-        items.append((data[at : at + key], data[at + key : at + key + value]))
-        at += key + value
-    return "", items

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import lmdb
 import numpy as np
@@ -273,16 +273,46 @@ class DiskIndex:
             cursor.delete()
 
 
+@dataclass(frozen=True, slots=True)
+class RecordFormat:
+    """What a record of the slots database looks like: entries of neighbouring slots."""
+
+    entry: np.dtype[np.void]
+    group: int
+
+    @classmethod
+    def of(cls, blocks_per_chunk: int) -> Self:
+        return cls(*_entry_format(blocks_per_chunk))
+
+    @property
+    def record_nbytes(self) -> int:
+        return self.group * self.entry.itemsize
+
+    @property
+    def most_groups(self) -> int:
+        """A number of a group that is as large is none."""
+        return _MAX_GROUPS
+
+    def records(self, groups: NDArray[np.int64], values: NDArray[np.uint8]) -> Records:
+        """What the slots of these groups hold.
+
+        Args:
+            values: shape (len(groups), record_nbytes), contiguous.
+        """
+        entries = values.view(self.entry).reshape(-1)
+        held = np.flatnonzero(entries["generation"])
+        slots = groups[held // self.group] * self.group + held % self.group
+        return _records(slots, entries[held])
+
+
 def decode(items: Iterable[tuple[bytes, bytes]], blocks_per_chunk: int) -> Records:
     """Records from keys and values of the slots database; those that are damaged are left out."""
-    dtype, group = _entry_format(blocks_per_chunk)
-    sound = {k: v for k, v in items if len(k) == _U64.size and len(v) == group * dtype.itemsize}
+    fmt = RecordFormat.of(blocks_per_chunk)
+    sound = {k: v for k, v in items if len(k) == _U64.size and len(v) == fmt.record_nbytes}
     groups = np.frombuffer(b"".join(sound), dtype=np.uint64)
-    entries = np.frombuffer(b"".join(sound.values()), dtype=dtype).reshape(len(groups), group)
+    values = np.frombuffer(b"".join(sound.values()), dtype=np.uint8).reshape(-1, fmt.record_nbytes)
     possible = groups < _MAX_GROUPS
-    slots = groups[possible].astype(np.int64)[:, None] * group + np.arange(group)
-    held = np.flatnonzero(entries[possible]["generation"])
-    return _records(slots.reshape(-1)[held], entries[possible].reshape(-1)[held])
+    return fmt.records(groups[possible].astype(np.int64), values[possible])
 
 
 def _total(value: bytes) -> int:

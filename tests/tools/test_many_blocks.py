@@ -1,0 +1,89 @@
+"""Ten million blocks in an index: `ls` stays quick and small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import psutil
+import pytest
+
+from kvstore.identity import INITIAL_EPOCH
+from kvstore.tiers.disk_index import RecordFormat
+from tests.small import IDENTITY, copy_store
+
+NUM_BLOCKS = 10_000_000
+BATCH = 20_000  # records
+
+
+def fill(directory: Path, num_blocks: int) -> None:
+    """Give a directory of one-block chunks an index of so many slots; half of them of another epoch."""
+    fmt, rng = RecordFormat.of(2), np.random.default_rng(0)
+    path = directory / "index"
+    for name in ("data.mdb", "lock.mdb"):
+        (path / name).unlink(missing_ok=True)
+    namespaces = [IDENTITY.namespace(INITIAL_EPOCH), IDENTITY.namespace(b"x" * 16)]
+    now = time.time_ns()
+    with lmdb.open(str(path), map_size=8 << 30, max_dbs=2, sync=False, metasync=False) as env:
+        slots = env.open_db(b"slots", integerkey=True)
+        env.open_db(b"log", integerkey=True)
+        for first in range(0, -(-num_blocks // 2 // fmt.group), BATCH):
+            n = min(BATCH, -(-num_blocks // 2 // fmt.group) - first)
+            entries = np.zeros((n, fmt.group), dtype=fmt.entry)
+            entries["generation"] = now - rng.integers(0, 86_400_000_000_000, (n, fmt.group))
+            entries["namespace"][:, 0::2] = np.void(namespaces[0])
+            entries["namespace"][:, 1::2] = np.void(namespaces[1])
+            entries["keys"] = rng.integers(0, 256, entries["keys"].shape, dtype=np.uint8)
+            if (first + n) * fmt.group > num_blocks // 2:
+                entries.reshape(-1)[num_blocks // 2 - first * fmt.group :]["generation"] = 0
+            data, size = entries.tobytes(), fmt.record_nbytes
+            with env.begin(write=True) as txn:
+                items = [((first + i).to_bytes(8, "little"), data[i * size : (i + 1) * size]) for i in range(n)]
+                txn.cursor(db=slots).putmulti(items, append=True)
+
+
+def ls(path: Path, *options: str) -> tuple[dict[str, object], float, int]:
+    """Its answer, how long it took, and the most memory that it and its child had at a time, in MB."""
+    start, most = time.monotonic(), 0
+    command = [sys.executable, "-c", "from tools.cli import main; main()", "ls", str(path), "--json", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+        while process.poll() is None:
+            with suppress(psutil.Error):
+                tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+                most = max(most, sum(one.memory_info().rss for one in tree))
+            time.sleep(0.005)
+        assert process.stdout is not None
+        return json.loads(process.stdout.read()), time.monotonic() - start, most // 10**6
+
+
+def test_counts_of_an_index_in_pieces(small_store: Path, tmp_path: Path) -> None:
+    directory = copy_store(small_store / "disk", tmp_path / "disk")
+    fill(directory, 100_000)
+    found, _, _ = ls(directory)
+    rows = found["namespaces"]
+    assert isinstance(rows, list)
+    assert sum(row["blocks"] for row in rows) == 100_000
+    assert {row["namespace"] for row in rows} == {IDENTITY.namespace().hex(), IDENTITY.namespace(b"x" * 16).hex()}
+    assert {row["state"] for row in rows} == {"served", "old epoch"}
+    assert all(0 <= row["newest_s"] < row["oldest_s"] < 86_500 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_million(small_store: Path, tmp_path: Path) -> None:
+    """Against reading the index file, which is the least that it takes; and within a bound of memory."""
+    directory = copy_store(small_store / "disk", tmp_path / "disk")
+    fill(directory, NUM_BLOCKS)
+    found, seconds, megabytes = ls(directory)
+    rows = found["namespaces"]
+    assert isinstance(rows, list)
+    assert sum(row["blocks"] for row in rows) == NUM_BLOCKS
+    print(f"{NUM_BLOCKS} blocks: {seconds:.1f} s, {megabytes} MB")
+    assert megabytes < 500
+    assert seconds < 60  # 10 on an idle machine
