@@ -1,13 +1,8 @@
-"""Writes stored blocks to one safetensors file, without holding an event loop up.
-
-The file has ``kv``, shape (n, *block_shape), and ``keys``, uint8 of shape (n, 36); its
-metadata names model, revision and block size. Anything that reads safetensors reads it.
-"""
+"""Writes stored blocks to one safetensors file, without holding an event loop up; see `kvstore.prefix_file`."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +11,8 @@ from typing import Final
 import aiofiles
 import torch
 
-from kvstore.keys import KEY_NBYTES, BlockKey
-from kvstore.layout import DTYPES, dtype_name
+from kvstore.keys import BlockKey
+from kvstore.prefix_file import PrefixHeader, pieces_of
 from kvstore.store import TieredStore
 
 _PIECE_NBYTES: Final = 32 << 20
@@ -55,34 +50,22 @@ async def _write(
     """Write a file for all of ``keys``; returns how many leading blocks could be loaded."""
     step = max(1, _PIECE_NBYTES // store.layout.block_nbytes)
     out = torch.empty((min(step, len(keys)), *store.layout.block_shape), dtype=store.layout.dtype)
+    header = PrefixHeader.of(store.identity, len(keys))
+    start = header.pack()
     async with aiofiles.open(path, "wb") as file:
-        await file.write(_header(store, len(keys)))
+        await file.write(start)
         for first in range(0, len(keys), step):
             n = min(step, len(keys) - first)
             loaded = await asyncio.to_thread(store.get, keys[: first + n], out[:n], first_block=first)
             if loaded < n:
                 return first + loaded
-            await file.write(out[:n].view(torch.uint8).numpy().data.cast("B"))
+            for (at, _), piece in zip(header.pieces(first, n), pieces_of(out[:n]), strict=True):
+                await file.seek(len(start) + at)
+                await file.write(piece.view(torch.uint8).numpy().data.cast("B"))
             if progress is not None:
                 progress(first + n, len(keys))
+        await file.seek(len(start) + header.keys_at)
         await file.write(b"".join(keys))
         await file.flush()
         await asyncio.to_thread(os.fsync, file.fileno())
     return len(keys)
-
-
-def _header(store: TieredStore, num_blocks: int) -> bytes:
-    kv_nbytes = num_blocks * store.layout.block_nbytes
-    key_nbytes = num_blocks * KEY_NBYTES
-    fields = {
-        "__metadata__": {k: str(v) for k, v in store.identity.content().items()},
-        "kv": {
-            "dtype": DTYPES[dtype_name(store.layout.dtype)][1],
-            "shape": [num_blocks, *store.layout.block_shape],
-            "data_offsets": [0, kv_nbytes],
-        },
-        "keys": {"dtype": "U8", "shape": [num_blocks, KEY_NBYTES], "data_offsets": [kv_nbytes, kv_nbytes + key_nbytes]},
-    }
-    text = json.dumps(fields).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

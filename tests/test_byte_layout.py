@@ -85,7 +85,8 @@ kv = torch.zeros(2, 3, 64, 2 * {size}, dtype={dtype})
 k, v = torch.randn(2, 128, 3, {size}).to({dtype})
 keys, values = kv.view(2, 3, 128, {size}).chunk(2, dim=2)
 ops.cpu_attn_reshape_and_cache(k, v, keys, values, torch.arange(128), "{packing}")
-sys.stdout.buffer.write(b"here they come:" + b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (kv, k, v)))
+parts = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in (kv, k, v)]
+sys.stdout.buffer.write(b"here they come:" + b"".join(parts))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=150)
     data = torch.frombuffer(bytearray(done.stdout.partition(b"here they come:")[2]), dtype=dtype).view(4, -1)

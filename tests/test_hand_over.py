@@ -210,13 +210,13 @@ def test_another_identity_gets_nothing_and_is_told_why(served: Served, caplog: p
 def test_bytes_that_changed_on_their_way_are_a_miss(served: Served, remote: Remote) -> None:
     keys = make_keys(10)
     assert served.buffer.insert(keys, blocks_of(keys), timeout_s=0)
-    seal = served.service._seal
+    seal = served.planes.seal
 
-    def spoil(selection: Any, *arguments: Any) -> None:
-        seal(selection, *arguments)
-        served.planes.arena.rows[selection.slots[6], 100] ^= 1
+    def spoil(slots: Any, *arguments: Any) -> None:
+        seal(slots, *arguments)
+        served.planes.arena.rows[slots[6], 100] ^= 1
 
-    served.service._seal = spoil  # type: ignore[method-assign,assignment]
+    served.planes.seal = spoil  # type: ignore[method-assign]
     assert take(remote.buffer, keys) == 6
     assert remote.buffer.stats().corrupt_chunks == 1
     wait_until(served.is_idle)

@@ -17,7 +17,8 @@ from rich.console import RenderableType
 from kvstore.byte_layout import blocks_of
 from kvstore.errors import KeyFormatError, KVStoreError
 from kvstore.keys import BlockKey
-from kvstore.tiers.catalog import Catalog, StoredChunk, StoredFormat, Verdict
+from kvstore.stored_format import StoredFormat
+from kvstore.tiers.catalog import Catalog, StoredChunk, Verdict
 from tools.ls import problem_lines, problems_of
 from tools.output import lines, table
 from tools.places import find_catalogs

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from kvstore.direct_io import open_direct, preadv_full
 from kvstore.slot import ALIGNMENT, FOOTER, MAGIC, SlotCodec
-from kvstore.tiers.catalog import Catalog, Space, StoredChunk, StoredFormat, Summary, Verdict, why_bad
+from kvstore.stored_format import StoredFormat
+from kvstore.tiers.catalog import Catalog, Space, StoredChunk, Summary, Verdict, why_bad
 from kvstore.tiers.disk_dir import is_in_use
 from kvstore.tiers.disk_header import DirectoryHeader, read_header
 from kvstore.tiers.disk_index import Records, empty_records, joined

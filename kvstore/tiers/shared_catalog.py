@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from kvstore.errors import KeyFormatError
 from kvstore.keys import BlockKey
 from kvstore.slot import SlotCodec
-from kvstore.tiers.catalog import Catalog, Space, StoredChunk, StoredFormat, Verdict, why_bad
+from kvstore.stored_format import StoredFormat
+from kvstore.tiers.catalog import Catalog, Space, StoredChunk, Verdict, why_bad
 from kvstore.tiers.chunk_file import ChunkReader, FileFormat, Inode, Outcome, file_format
 from kvstore.tiers.page_buffer import page_aligned
 from kvstore.tiers.shared_tree import (

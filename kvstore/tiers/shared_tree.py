@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import secrets
@@ -27,6 +26,7 @@ from cachetools import TTLCache
 from kvstore.errors import ConfigError
 from kvstore.identity import KVIdentity
 from kvstore.keys import BlockKey
+from kvstore.stored_format import canonical_json
 from kvstore.tiers.chunk_file import remove
 
 SUFFIX: Final = ".safetensors"
@@ -201,11 +201,6 @@ def _has(path: str, content: bytes) -> bool:
             return stat.S_ISREG(os.fstat(f.fileno()).st_mode) and f.read(len(content) + 1) == content
     except OSError:
         return False
-
-
-def canonical_json(fields: dict[str, str | int]) -> bytes:
-    """The form whose SHA-256 is a `KVIdentity`'s digest."""
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def _chain(folder: str) -> tuple[str, str, str]:

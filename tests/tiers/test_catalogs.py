@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from kvstore import DiskTierConfig, TieredStore
 from kvstore.slot import FOOTER
-from kvstore.tiers.catalog import Catalog, StoredFormat, Verdict
+from kvstore.stored_format import StoredFormat
+from kvstore.tiers.catalog import Catalog, Verdict
 from kvstore.tiers.disk_catalog import DiskCatalog, is_disk_directory
 from kvstore.tiers.shared_catalog import SharedCatalog, is_shared_path
 from tests.small import IDENTITY, NUM_BLOCKS, copy_store, small_blocks, small_config, small_keys
