@@ -9,6 +9,7 @@ if its first line is "# not run: " and why.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -22,7 +23,9 @@ import pytest
 
 from kvstore import StoreConfig
 from kvstore.config_source import _leaves
-from tests.small import copy_store
+from tests.small import LAYOUT, NUM_BLOCKS, copy_store
+from tools.blocks import Choice
+from tools.dump import dump_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,8 +75,11 @@ EXAMPLES = [pytest.param(block.text, id=block.name) for block in blocks("python"
 
 @pytest.fixture
 def folder(small_store: Path, small_model: Path, tmp_path: Path) -> Path:
-    """Where readers are: in a folder with ./kv and ./my-model."""
+    """Where readers are: in a folder with ./kv, ./my-model, ./prompt.json and what was dumped of it."""
     copy_store(small_store, tmp_path / "kv")
+    (tmp_path / "prompt.json").write_text(json.dumps(list(range(NUM_BLOCKS * LAYOUT.block_size))))
+    choice = Choice(tokens_file=tmp_path / "prompt.json")
+    dump_blocks(tmp_path / "kv" / "disk", tmp_path / "prompt.safetensors", choice, None, force=False)
     copy_store(small_model, tmp_path / "my-model")
     return tmp_path
 

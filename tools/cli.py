@@ -17,9 +17,11 @@ from typing import Annotated
 
 import typer
 
+from tools.commands import diff, dump, load, plot
 from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
+from tools.options import Json, KeyFile, StoredPath
 from tools.proxy.command import proxy
 
 app = typer.Typer(
@@ -30,15 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Look at, check and measure a tiered KV-cache store. Each command has help with an example.",
 )
-
-StoredPath = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A disk tier's directory, a shared path, or a folder that holds them.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-KeyFile = Annotated[
-    str | None,
-    typer.Option("--integrity-key-file", metavar="FILE", help="The secret that the slots were signed with."),
-]
 
 
 class Bench(StrEnum):
@@ -130,13 +123,15 @@ def inspect(
     key: Annotated[
         str | None, typer.Argument(metavar="KEY", help="A block's key in hex, or as much of its start as is unique.")
     ] = None,
+    per_head: Annotated[bool, typer.Option("--per-head", help="A row for each head.")] = False,
     json: Json = False,
     integrity_key_file: KeyFile = None,
 ) -> None:
     """Show identity and layout, or one block.
 
     With KEY it shows that block, wherever it is stored. For K and V of each layer: least and
-    greatest number, mean, norm, and how many are zero, NaN or infinite. Exit code 1 if the block's chunk is damaged.
+    greatest number, mean, norm, how many are zero, NaN or infinite, and how much of the dtype's range is used.
+    Exit code 1 if the block's chunk is damaged.
 
     \b
     Example: kvstore inspect /var/cache/kv 3f9a0c
@@ -149,7 +144,7 @@ def inspect(
             data, parts = describe(path)
             show(data, parts, as_json=json)
             return
-        blocks = find_block(path, key, integrity_key_file)
+        blocks = find_block(path, key, integrity_key_file, per_head=per_head)
         show({"blocks": [block.to_dict() for block in blocks]}, block_parts(blocks), as_json=json)
         raise typer.Exit(int(any(block.reason for block in blocks)))
 
@@ -222,6 +217,10 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+app.command()(_errors()(dump))
+app.command()(_errors()(load))
+app.command()(_errors()(diff))
+app.command()(_errors()(plot))
 app.command()(_errors()(demo_vllm))
 app.command()(_errors()(demo_p2p))
 app.command()(_errors()(proxy))

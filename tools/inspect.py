@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import RenderableType
 
-from kvstore.byte_layout import blocks_of
-from kvstore.errors import KeyFormatError, KVStoreError
-from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
-from kvstore.tiers.catalog import Catalog, StoredChunk, Verdict
+from kvstore.tiers.catalog import Catalog
+from tools.blocks import Block, Choice, Place, find, read
 from tools.ls import problem_lines, problems_of
 from tools.output import lines, table
 from tools.places import find_catalogs
 
-STATISTICS: Final = ("layer", "part", "min", "max", "mean", "norm", "zeros", "NaN", "Inf")
+COLUMNS: Final = ("layer", "part", "head", "min", "max", "mean", "norm", "zeros", "NaN", "Inf", "subnormal", "of range")
 _SOME_KEYS: Final = 3
-_KEY_START: Final = re.compile(r"[0-9a-f]{1,64}(\.[0-9]{1,10})?")
-
-
-class NotStoredError(KVStoreError):
-    """No block, or more than one, is stored under a key that a person gave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartStatistics:
-    """Numbers of the K or the V of one layer of a block; of all that are finite, but for the counts."""
+    """Numbers of K or V of one layer of a block, or of one head of it; of all that are finite, but for the counts.
+
+    Attributes:
+        head: None: of all heads together.
+        subnormal: how many are too small to be exact.
+        of_range: the greatest magnitude, as a share of the dtype's greatest; 1 where numbers are saturated.
+    """
 
     layer: int
     part: str
+    head: int | None
     min: float
     max: float
     mean: float
@@ -45,24 +42,48 @@ class PartStatistics:
     zeros: int
     nan: int
     inf: int
+    subnormal: int
+    of_range: float
 
-    @classmethod
-    def of(cls, layer: int, part: str, values: torch.Tensor) -> PartStatistics:
-        nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
-        finite = values[values.isfinite()]
-        if not finite.numel():
-            finite = torch.full((1,), float("nan"), dtype=values.dtype)
-        return cls(
-            layer=layer,
-            part=part,
-            min=float(finite.min()),
-            max=float(finite.max()),
-            mean=float(finite.mean()),
-            norm=float(finite.norm()),
-            zeros=int((values == 0).sum()),
-            nan=nan,
-            inf=inf,
+
+def statistics_of(kv: torch.Tensor, *, per_head: bool = False) -> list[PartStatistics]:
+    """Of each layer's K and V, or latent, and of each head of them; all at once.
+
+    Args:
+        kv: shape ``KVLayout.block_shape``.
+    """
+    info = torch.finfo(kv.dtype) if kv.dtype.is_floating_point else torch.iinfo(kv.dtype)
+    values = kv.to(torch.float64)  # float8 has no arithmetic of its own
+    values_LPHX = values.flatten(3) if per_head else values.flatten(2).unsqueeze(2)
+    finite = values_LPHX.isfinite()
+    n = finite.sum(-1)
+    zeroed = values_LPHX.where(finite, 0.0)
+    smallest = float(getattr(info, "smallest_normal", 0.0))
+    nothing = torch.where(n > 0, 0.0, float("nan"))
+    least = values_LPHX.where(finite, float("inf")).amin(-1) + nothing
+    greatest = values_LPHX.where(finite, float("-inf")).amax(-1) + nothing
+    columns = {
+        "min": least.where(n > 0, nothing),
+        "max": greatest.where(n > 0, nothing),
+        "mean": zeroed.sum(-1) / n,
+        "norm": zeroed.square().sum(-1).sqrt() + nothing,
+        "zeros": (values_LPHX == 0).sum(-1),
+        "nan": values_LPHX.isnan().sum(-1),
+        "inf": values_LPHX.isinf().sum(-1),
+        "subnormal": ((zeroed != 0) & (zeroed.abs() < smallest)).sum(-1),
+        "of_range": zeroed.abs().amax(-1) / float(info.max) + nothing,
+    }
+    numbers = {name: column.tolist() for name, column in columns.items()}
+    parts = "KV" if kv.shape[1] == 2 else "L"
+    return [
+        PartStatistics(
+            layer=layer, part=part, head=head if per_head else None,
+            **{name: column[layer][i][head] for name, column in numbers.items()},
         )
+        for layer in range(kv.shape[0])
+        for i, part in enumerate(parts)
+        for head in range(values_LPHX.shape[2])
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +92,7 @@ class StoredBlock:
 
     Attributes:
         reason: why its chunk does not verify; empty where it does.
-        position: of the block in its chunk; None where that cannot be told.
+        statistics: none where K and V cannot be told apart.
     """
 
     tier: str
@@ -80,8 +101,14 @@ class StoredBlock:
     namespace: str
     key: str
     reason: str
-    position: int | None
     statistics: list[PartStatistics]
+
+    @classmethod
+    def of(cls, place: Place, block: Block, *, per_head: bool) -> StoredBlock:
+        statistics = [] if block.kv is None else statistics_of(block.kv, per_head=per_head)
+        chunk, catalog = place.chunk, place.catalog
+        namespace = chunk.space.namespace.hex()
+        return cls(catalog.tier, str(catalog.path), chunk.name, namespace, str(place.key), block.reason, statistics)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ok": not self.reason}
@@ -89,9 +116,12 @@ class StoredBlock:
     def parts(self) -> Iterator[RenderableType]:
         """For people."""
         state = f"BAD: {self.reason}" if self.reason else "verified"
-        yield from lines(f"block {self.key}", f"{self.tier} {self.path}, {self.place}, block {self.position}: {state}")
+        yield from lines(f"block {self.key}", f"{self.tier} {self.path}, {self.place}: {state}")
         if self.statistics:
-            yield table("", STATISTICS, ([_cell(v) for v in asdict(s).values()] for s in self.statistics), left=2)
+            rows = ([_cell(v) for v in asdict(s).values()] for s in self.statistics)
+            yield table("", COLUMNS, rows, left=2)
+        elif not self.reason:
+            yield from lines("what K and V are in this byte layout is not known here")
 
 
 def describe(path: Path) -> tuple[dict[str, Any], list[RenderableType]]:
@@ -113,7 +143,9 @@ def describe(path: Path) -> tuple[dict[str, Any], list[RenderableType]]:
     return {"stored": data, "problems": problems}, [*parts, *problem_lines(problems)]
 
 
-def find_block(path: Path, key: str, integrity_key_file: str | None = None) -> list[StoredBlock]:
+def find_block(
+    path: Path, key: str, integrity_key_file: str | None = None, *, per_head: bool = False
+) -> list[StoredBlock]:
     """One block in every place where it is stored.
 
     Args:
@@ -123,59 +155,8 @@ def find_block(path: Path, key: str, integrity_key_file: str | None = None) -> l
         KeyFormatError: this is no start of a key.
         NotStoredError: no block has such a key, or several have.
     """
-    if not _KEY_START.fullmatch(key.lower()):
-        raise KeyFormatError(f"KEY: {key!r} is not allowed; give up to 64 hex digits, then optionally .GROUP")
-    catalogs = find_catalogs(path, integrity_key_file)
-    found = [(catalog, chunk, match) for catalog in catalogs for chunk, match in _matches(catalog, key.lower())]
-    matches = sorted({str(match) for _, _, match in found})
-    if not matches:
-        raise NotStoredError(f"KEY: no block whose key begins with {key!r} is stored in {path}")
-    if len(matches) > 1:
-        some = ", ".join(match[: len(key) + 8] for match in matches[:3])
-        raise NotStoredError(f"KEY: {len(matches)} keys begin with {key!r} ({some}, ...); give more of it")
-    return [_block(catalog, chunk, match) for catalog, chunk, match in found]
-
-
-def _matches(catalog: Catalog, start: str) -> Iterator[tuple[StoredChunk, BlockKey]]:
-    for chunk in catalog.chunks():
-        for key in chunk.keys:
-            if str(key).startswith(start):
-                yield chunk, key
-
-
-def _block(catalog: Catalog, chunk: StoredChunk, key: BlockKey) -> StoredBlock:
-    verdict = catalog.read(chunk)
-    position = _position(chunk, key, verdict)
-    statistics: list[PartStatistics] = []
-    if verdict.row is not None and position is not None and chunk.space.fmt is not None:
-        statistics = statistics_of(verdict.row, chunk.space.fmt, position)
-    namespace = chunk.space.namespace.hex()
-    where = (catalog.tier, str(catalog.path), chunk.name)
-    return StoredBlock(*where, namespace, str(key), verdict.reason, position, statistics)
-
-
-def _position(chunk: StoredChunk, key: BlockKey, verdict: Verdict) -> int | None:
-    """Where in its chunk a block lies: on disk the index says so, in a file its trailer."""
-    if isinstance(chunk.place, int):
-        return chunk.keys.index(key)
-    if verdict.row is None or chunk.space.fmt is None:
-        return None
-    slot = chunk.space.fmt.slot
-    held = verdict.row[slot.body_nbytes :][: slot.blocks_per_chunk * len(key)].reshape(slot.blocks_per_chunk, -1)
-    at = [i for i, row in enumerate(held) if row.tobytes() == key]
-    return at[0] if at else None
-
-
-def statistics_of(row: NDArray[np.uint8], fmt: StoredFormat, position: int) -> list[PartStatistics]:
-    """Statistics of each layer's K and V of one block of a slot, shape (slot_nbytes,)."""
-    layout, slot = fmt.layout, fmt.slot
-    payload = torch.from_numpy(row[: slot.payload_nbytes].copy())
-    blocks_BL2HTD = blocks_of(payload, layout, slot.blocks_per_chunk, fmt.byte_layout, fmt.tp_size)
-    return [
-        PartStatistics.of(layer, part, blocks_BL2HTD[position, layer, i].to(torch.float64))
-        for layer in range(layout.num_layers)
-        for i, part in enumerate("KV"[: layout.kv_dim])
-    ]
+    (found,) = find(find_catalogs(path, integrity_key_file), Choice(keys=(key,)))
+    return [StoredBlock.of(place, read(place), per_head=per_head) for place in found]
 
 
 def _layout(fmt: StoredFormat) -> dict[str, Any]:
@@ -193,7 +174,7 @@ def _some_keys(catalog: Catalog, fmt: StoredFormat) -> list[str]:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "all" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def block_parts(blocks: Sequence[StoredBlock]) -> Iterator[RenderableType]:

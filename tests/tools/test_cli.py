@@ -68,7 +68,10 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
         "import sys; from tools.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(COMMANDS) == {"demo", "demo-vllm", "demo-p2p", "ls", "inspect", "verify", "bench", "proxy", "keygen"}
+    assert set(COMMANDS) == {
+        "demo", "demo-vllm", "demo-p2p", "ls", "inspect", "verify", "bench", "proxy", "keygen",
+        "dump", "load", "diff", "plot",
+    }  # fmt: skip
     assert all(f"  {command} " in done.stdout for command in COMMANDS)
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -180,7 +183,6 @@ def test_inspect_describes_identity_placement_and_layout(kv: Path) -> None:
 def test_inspect_shows_the_numbers_of_one_block(kv: Path, tier: str, number: int) -> None:
     (found,) = kvstore_json("inspect", kv / tier, small_keys()[number])["blocks"]
     assert found["ok"]
-    assert found["position"] == number % 2
     block = small_blocks()[number].to(torch.float64)
     assert len(found["statistics"]) == 2 * LAYOUT.num_layers
     for row in found["statistics"]:

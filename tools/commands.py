@@ -1,0 +1,151 @@
+"""Commands that look into blocks: each parses, calls the file that does the work, and shows. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tools.options import (
+    Json,
+    KeyFile,
+    Keys,
+    KeysFile,
+    StoredPath,
+    Tenant,
+    Text,
+    Tokenizer,
+    Tokens,
+    choice_of,
+)
+
+
+def dump(
+    path: StoredPath,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.")],
+    key: Keys = None,
+    keys: KeysFile = None,
+    tokens: Tokens = None,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    tenant: Tenant = "",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    json: Json = False,
+    integrity_key_file: KeyFile = None,
+) -> None:
+    """Write blocks, or a prompt's KV, to a file.
+
+    A safetensors file with keys and values of each layer, of shape (tokens, heads, head size). Of a prompt, the
+    leading blocks that are stored. Each is verified first: exit code 1 if one is damaged.
+
+    \b
+    Example: kvstore dump /var/cache/kv --tokens prompt.json --out prompt.safetensors
+    """
+    from tools.dump import DamagedError, dump_blocks
+    from tools.output import show
+
+    choice = choice_of(key, keys, tokens, text, tokenizer, tenant)
+    try:
+        dumped = dump_blocks(path, out, choice, integrity_key_file, force=force)
+    except DamagedError as e:
+        typer.echo(f"kvstore: {e}", err=True)
+        raise typer.Exit(1) from None
+    show(asdict(dumped), dumped.parts(), as_json=json)
+
+
+def load(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="That kvstore dump, or export_prefix, has written.")],
+    into: Annotated[Path, typer.Option("--into", metavar="PATH", help="A disk tier's directory, or a shared path.")],
+    shared: Annotated[bool, typer.Option("--shared", help="PATH is a shared path.")] = False,
+    capacity: Annotated[str, typer.Option(metavar="SIZE", help="The store's bound, as it is or is to be.")] = "64GiB",
+    blocks_per_chunk: Annotated[int, typer.Option(min=1, help="As the store has it.")] = 1,
+    json: Json = False,
+    integrity_key_file: KeyFile = None,
+) -> None:
+    """Put a file's blocks into a store.
+
+    The store's identity is the file's: a disk directory of another one is refused, naming what differs.
+
+    \b
+    Example: kvstore load prompt.safetensors --into /var/cache/kv --capacity 10GiB
+    """
+    from kvstore.prefix_file import PrefixFile
+    from tools.dump import put
+    from tools.output import parse_size, show
+
+    nbytes = parse_size("--capacity", capacity)
+    with closing(PrefixFile(file)) as prefix:
+        loaded = put(prefix, into, nbytes, is_shared=shared, per_chunk=blocks_per_chunk, key_file=integrity_key_file)
+    show(asdict(loaded), loaded.parts(), as_json=json)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A store's directory, or a file of kvstore dump.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What it is compared with.")],
+    key: Keys = None,
+    key_b: Annotated[
+        list[str] | None, typer.Option("--key-b", metavar="KEY", help="Of B, where its keys are others.")
+    ] = None,
+    tokens: Tokens = None,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    tenant: Tenant = "",
+    atol: Annotated[float, typer.Option(min=0.0, help="How far numbers may be apart.")] = 0.0,
+    rtol: Annotated[float, typer.Option(min=0.0, help="The same, as a share of B's.")] = 0.0,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="The first block with the first, whatever their keys.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compare blocks, prompts, files or stores.
+
+    Shows which blocks only one has, and for the others by layer: the greatest difference, the relative error and
+    the cosine of K and V, and the first token and layer that are apart. For wrong output, quantised KV, a new engine
+    version. Exit code 1 if they differ by more than the tolerance.
+
+    \b
+    Example: kvstore diff before.safetensors after.safetensors --by-position --rtol 0.01
+    """
+    from tools.diff import diff as compare
+    from tools.output import show
+
+    chosen = choice_of(key, None, tokens, text, tokenizer, tenant) if key or tokens or text is not None else None
+    of_b = choice_of(key_b, None, None, None, None, "") if key_b else chosen
+    found = compare(a, b, (chosen, of_b), atol=atol, rtol=rtol, by_position=by_position or bool(key_b))
+    show(found.to_dict(), found.parts(), as_json=json)
+    raise typer.Exit(int(not found.is_equal))
+
+
+def plot(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A store's directory, or a file of kvstore dump.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The PNG file to write.")],
+    key: Keys = None,
+    keys: KeysFile = None,
+    tokens: Tokens = None,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    tenant: Tenant = "",
+    json: Json = False,
+    integrity_key_file: KeyFile = None,
+) -> None:
+    """Draw K and V as heat maps.
+
+    The norms of key and value vectors, by layer and head and by layer and token. A head that is dead, a layer that
+    has gone wild, or a token that all others look at is seen at once.
+
+    \b
+    Example: kvstore plot prompt.safetensors --out prompt.png
+    """
+    from tools.output import lines, show
+    from tools.plot import draw, norms
+
+    is_chosen = bool(key or keys or tokens or text is not None)
+    choice = choice_of(key, keys, tokens, text, tokenizer, tenant) if is_chosen else None
+    found = norms(path, choice, integrity_key_file)
+    draw(found, out)
+    data = {"file": str(out), "blocks": found.num_blocks, "tokens": found.of_tokens.shape[-1],
+            "norm_by_head": found.of_heads.tolist()}  # fmt: skip
+    show(data, lines(f"{found.num_blocks} blocks are drawn in {out}"), as_json=json)
