@@ -3,7 +3,7 @@
 Nothing heavy is imported before a command runs, so that help comes at once.
 
 Exit codes: 0, all is well; 1, something stored is damaged (or a demo's answers differ);
-2, wrong usage, or there is nothing to look at.
+2, wrong usage, or there is nothing to look at; 130, interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from tools.commands import diff, dump, load, plot
+from tools.commands import diff, dump, gc, load, plot, purge, stat
 from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
@@ -221,6 +221,9 @@ app.command()(_errors()(dump))
 app.command()(_errors()(load))
 app.command()(_errors()(diff))
 app.command()(_errors()(plot))
+app.command()(_errors()(gc))
+app.command()(_errors()(purge))
+app.command()(_errors()(stat))
 app.command()(_errors()(demo_vllm))
 app.command()(_errors()(demo_p2p))
 app.command()(_errors()(proxy))

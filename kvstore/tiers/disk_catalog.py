@@ -58,11 +58,18 @@ class DiskCatalog(Catalog):
         if self._described is None:
             return
         _, fmt = self._described
-        index = self._read_index_once(fmt)
-        records = self._scan(fmt) if index is None else index
+        records = self.records()
         for i, (slot, generation) in enumerate(zip(records.slots.tolist(), records.generations.tolist(), strict=True)):
-            space = self._space(fmt, records.namespaces[i].tobytes())
+            space = self.space(records.namespaces[i].tobytes())
             yield StoredChunk(space, slot, records.keys[i].tobytes(), fmt.slot.slot_nbytes, generation, generation)
+
+    def records(self) -> Records:
+        """Everything that a store could find here, as arrays."""
+        if self._described is None:
+            return empty_records(1)
+        _, fmt = self._described
+        index = self._read_index_once(fmt)
+        return self._scan(fmt) if index is None else index
 
     def summary(self, progress: Callable[[int], None] = lambda _: None) -> list[Summary]:
         """From the index as it streams by: memory does not grow with it."""
@@ -88,7 +95,7 @@ class DiskCatalog(Catalog):
             mine = left & (halves == halves[first]).all(axis=1)
             left &= ~mine
             namespace = records.namespaces[first].tobytes()
-            summary = found.setdefault(namespace, Summary(self._space(fmt, namespace)))
+            summary = found.setdefault(namespace, Summary(self.space(namespace)))
             n, times = int(mine.sum()), records.generations[mine]
             summary.add(n, n * fmt.slot.blocks_per_chunk, n * fmt.slot.slot_nbytes, int(times.min()), int(times.max()))
 
@@ -140,7 +147,8 @@ class DiskCatalog(Catalog):
     def _codec(self, fmt: StoredFormat) -> SlotCodec:
         return SlotCodec(fmt.slot, self._integrity_key)
 
-    def _space(self, fmt: StoredFormat, namespace: bytes) -> Space:
+    def space(self, namespace: bytes) -> Space:
+        fmt = self._described[1] if self._described else None
         if namespace not in self._spaces:
             self._spaces[namespace] = Space(self.tier, self.path, namespace, fmt)
         return self._spaces[namespace]

@@ -120,6 +120,18 @@ class DiskVolume:
         self.writer.erase(wanted, records.slots)
         return len(records)
 
+    def remove(self, slots: Slots, generations: NDArray[np.uint64]) -> int:
+        """Delete the entries of these slots for good, where they still hold these generations; returns how many."""
+        self.view.refresh()
+        records = self.index.scan()
+        at = np.searchsorted(slots, records.slots)
+        at[at == len(slots)] = 0
+        mine = (slots[at] == records.slots) & (generations[at] == records.generations) if len(slots) else at == -1
+        records = records.at(np.flatnonzero(mine))
+        self.writer.delete(records)
+        self.writer.erase(np.unique(void_keys(records.keys)), records.slots)
+        return len(records)
+
     def empty(self) -> None:
         """Delete everything for good, unless another process uses the directory."""
         with contextlib.suppress(TimeoutError), self.directory.opening(_EMPTY_TIMEOUT_S):

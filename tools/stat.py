@@ -1,0 +1,98 @@
+"""`kvstore stat`: one line a directory: how full it is, and how old what lies there is."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from kvstore.tiers.catalog import Catalog
+from kvstore.tiers.disk_dir import is_in_use
+from kvstore.tiers.disk_header import read_header
+from tools.ls import problem_lines, problems_of
+from tools.output import age, progress, size, table
+from tools.places import find_catalogs
+
+COLUMNS = ("tier", "path", "state", "used", "capacity", "full", "on disk", "chunks", "blocks", "oldest", "newest")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Of one directory.
+
+    Attributes:
+        state: "in use" by a store now (disk); "idle"; "damaged"; "-" where it cannot be known (shared).
+        used_nbytes: of chunks that a store could find.
+        capacity_nbytes: room for chunks; None where only the stores know it (shared).
+        on_disk_nbytes: what the file system has given.
+    """
+
+    tier: str
+    path: str
+    state: str
+    used_nbytes: int
+    capacity_nbytes: int | None
+    on_disk_nbytes: int
+    chunks: int
+    blocks: int
+    namespaces: int
+    oldest_s: float | None
+    newest_s: float | None
+
+
+def stat(path: Path) -> tuple[dict[str, Any], list[RenderableType]]:
+    """Of every directory, as data and for people.
+
+    Raises:
+        ConfigError: there is nothing of a tier there.
+    """
+    catalogs = find_catalogs(path)
+    found = [_line(catalog) for catalog in catalogs]
+    problems = problems_of(catalogs)
+    parts: list[RenderableType] = [table("", COLUMNS, map(_cells, found), left=3), *problem_lines(problems)]
+    return {"tiers": [asdict(line) for line in found], "problems": problems}, parts
+
+
+def _line(catalog: Catalog) -> Line:
+    with progress(f"{catalog.tier} {catalog.path}", None) as advance:
+        summaries = catalog.summary(advance)
+    now, state, capacity = time.time_ns(), "-", None
+    if catalog.tier == "disk":
+        header = read_header(catalog.path)
+        state = "damaged" if header is None else "in use" if is_in_use(catalog.path) else "idle"
+        capacity = None if header is None else header.num_slots * header.slot_nbytes
+    return Line(
+        tier=catalog.tier,
+        path=str(catalog.path),
+        state=state,
+        used_nbytes=sum(summary.nbytes for summary in summaries),
+        capacity_nbytes=capacity,
+        on_disk_nbytes=_on_disk(catalog) if catalog.tier == "disk" else sum(summary.nbytes for summary in summaries),
+        chunks=sum(summary.chunks for summary in summaries),
+        blocks=sum(summary.blocks for summary in summaries),
+        namespaces=len(summaries),
+        oldest_s=max(((now - summary.oldest_ns) / 1e9 for summary in summaries), default=None),
+        newest_s=min(((now - summary.newest_ns) / 1e9 for summary in summaries), default=None),
+    )
+
+
+def _on_disk(catalog: Catalog) -> int:
+    total = 0
+    for name in ("data", "index/data.mdb", "store.json"):
+        try:
+            total += os.lstat(catalog.path / name).st_blocks * 512
+        except OSError:
+            continue
+    return total
+
+
+def _cells(line: Line) -> tuple[object, ...]:
+    capacity = line.capacity_nbytes
+    full = f"{line.used_nbytes / capacity:.0%}" if capacity else "-"
+    ages = ("-" if seconds is None else age(seconds) for seconds in (line.oldest_s, line.newest_s))
+    return (line.tier, line.path, line.state, size(line.used_nbytes), "-" if capacity is None else size(capacity), full,
+            size(line.on_disk_nbytes), line.chunks, line.blocks, *ages)  # fmt: skip
