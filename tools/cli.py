@@ -27,7 +27,6 @@ from tools.proxy.command import proxy
 app = typer.Typer(
     name="kvstore",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Look at, check and measure a tiered KV-cache store. Each command has help with an example.",
@@ -150,12 +149,17 @@ def inspect(
 
 
 @app.command()
-def verify(path: StoredPath, json: Json = False, integrity_key_file: KeyFile = None) -> None:
+def verify(
+    path: StoredPath,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged; rebuild indexes.")] = False,
+    json: Json = False,
+    integrity_key_file: KeyFile = None,
+) -> None:
     """Read everything and report what is damaged.
 
-    Names every bad slot and file, and writes nothing. What is reported would be a miss, and
-    the next store of it heals it.
-    Exit code 1 if anything is damaged.
+    Names every bad slot and file, and writes nothing, unless --repair is given. What is reported would be a miss,
+    and the next store of it heals it.
+    Exit code 1 if anything is damaged, or is so still.
 
     \b
     Example: kvstore verify /var/cache/kv
@@ -163,8 +167,9 @@ def verify(path: StoredPath, json: Json = False, integrity_key_file: KeyFile = N
     with _errors():
         from tools.output import show
         from tools.verify import verify as verify_all
+        from tools.verify import verify_and_repair
 
-        report = verify_all(path, integrity_key_file)
+        report = (verify_and_repair if repair else verify_all)(path, integrity_key_file)
         show(report.to_dict(), report.parts(), as_json=json)
         raise typer.Exit(int(not report.ok))
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from kvstore.slot import read_integrity_key
 from kvstore.tiers.catalog import Catalog, Verdict
+from kvstore.tiers.removal import repair
 from tools.ls import problem_lines, problems_of
 from tools.output import lines, progress, size
 from tools.places import find_catalogs
@@ -41,6 +43,7 @@ class Report:
     gone: int = 0
     nbytes: int = 0
     seconds: float = 0.0
+    repaired: int = 0
     bad: list[BadChunk] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
 
@@ -56,6 +59,8 @@ class Report:
         for bad in self.bad:
             yield from lines(f"bad {bad.tier} chunk in {bad.path}: {bad.place} {bad.reason}")
         yield from problem_lines(self.problems)
+        if self.repaired:
+            yield from lines(f"{self.repaired} damaged chunks were removed")
         speed = f"{self.nbytes / self.seconds / 1e9:.2f} GB/s" if self.seconds else ""
         counts = f"{self.good} chunks are good, {len(self.bad)} bad"
         gone = f", {self.gone} were evicted meanwhile" if self.gone else ""
@@ -78,6 +83,27 @@ def verify(path: Path, integrity_key_file: str | None = None) -> Report:
                 advance(1)
     report.problems = problems_of(catalogs)
     report.seconds = round(time.monotonic() - start, 3)
+    return report
+
+
+def verify_and_repair(path: Path, integrity_key_file: str | None = None) -> Report:
+    """Remove what is damaged and have indexes rebuilt, then read everything again.
+
+    Raises:
+        ConfigError: as `verify`. RemovalError: as `kvstore.tiers.removal.repair`.
+    """
+    key, repaired = read_integrity_key(integrity_key_file), 0
+    for catalog in find_catalogs(path, integrity_key_file):
+        with progress(f"{catalog.tier} {catalog.path}", None) as advance:
+            bad = []
+            for verdict in catalog.check():
+                advance(1)
+                if verdict.is_bad:
+                    bad.append(verdict.chunk)
+        if bad or catalog.problems:
+            repaired += repair(catalog, bad, key)
+    report = verify(path, integrity_key_file)
+    report.repaired = repaired
     return report
 
 

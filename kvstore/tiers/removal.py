@@ -11,7 +11,7 @@ import os
 import stat
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -25,6 +25,7 @@ from kvstore.stored_format import StoredFormat
 from kvstore.tiers import lmdb_env
 from kvstore.tiers.catalog import Catalog, Space, StoredChunk
 from kvstore.tiers.disk_catalog import DiskCatalog
+from kvstore.tiers.disk_dir import is_in_use
 from kvstore.tiers.disk_header import read_header
 from kvstore.tiers.disk_keeper import VolumeKeeper
 from kvstore.tiers.disk_volume import VolumeConfig
@@ -125,6 +126,33 @@ def keeper_of(path: os.PathLike[str], fmt: StoredFormat, num_slots: int, integri
         keeper.close(_OPEN_S)
         raise RemovalError(f"{path} cannot be opened: {keeper.health.last_error}")
     return keeper
+
+
+def repair(catalog: Catalog, bad: Sequence[StoredChunk], integrity_key: bytes | None) -> int:
+    """Remove chunks that are damaged, and have a damaged index rebuilt from what is sound; how many were removed.
+
+    Raises:
+        RemovalError: it is in use and its index is damaged, or it cannot be written.
+    """
+    if not isinstance(catalog, DiskCatalog):
+        return sum(map(_unlink, bad))
+    header, problem = read_header(catalog.path), lmdb_env.check(catalog.path / "index")
+    if header is None:
+        raise RemovalError(f"{catalog.path}: store.json is damaged: what is stored there cannot be told")
+    if problem and is_in_use(catalog.path):
+        raise RemovalError(f"{catalog.path} is in use, and its index is damaged ({problem}); stop its stores first")
+    fmt = StoredFormat.of(header.content, header.placement)
+    keeper = keeper_of(catalog.path, fmt, header.num_slots, integrity_key)  # rebuilds
+    try:
+        named = sorted((chunk.slot, chunk.generation) for chunk in bad)
+        slots = np.array([slot for slot, _ in named], dtype=np.int64)
+        generations = np.array([generation for _, generation in named], dtype=np.uint64)
+        removed = keeper.write_by(time.monotonic() + _REMOVE_S, lambda volume: volume.remove(slots, generations))
+    finally:
+        keeper.close(_OPEN_S)
+    if removed is None:
+        raise RemovalError(f"{catalog.path} could not be written: {keeper.health.last_error}")
+    return removed
 
 
 class _SharedCandidates(Candidates):

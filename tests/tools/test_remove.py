@@ -286,3 +286,56 @@ def test_symlinks_are_not_followed(kv: Path, tmp_path: Path) -> None:
     before = tree(outside)
     kvstore_json("purge", kv / "shared", "--all", "--yes")
     assert tree(outside) == before
+
+
+# -- repair
+
+
+@pytest.mark.parametrize("tier", ["disk", "shared"])
+def test_what_is_damaged_is_removed(kv: Path, tier: str) -> None:
+    if tier == "disk":
+        data = kv / "disk" / "data"
+        content = bytearray(data.read_bytes())
+        content[4096 + 100] ^= 1
+        data.write_bytes(content)
+    else:
+        file = next((kv / "shared" / IDENTITY.namespace().hex()).rglob(f"{small_keys()[2]}*"))
+        content = bytearray(file.read_bytes())
+        content[-3000] ^= 1
+        with file.open("r+b") as f:  # the same inode: its chunk has another name
+            f.write(content)
+    assert kvstore("verify", kv / tier)[0] == 1
+    said = kvstore_json("verify", kv / tier, "--repair")
+    assert said["ok"] and said["repaired"] == 1
+    assert is_sound(kv / tier)
+    config = small_config(**{tier: kv / tier})
+    with TieredStore(config) as store:
+        out = torch.zeros_like(small_blocks())
+        found = store.get(small_keys(), out)
+        assert found in (2, 4) or tier == "disk"
+        assert torch.equal(out[:found], small_blocks()[:found])
+
+
+def test_a_damaged_index_is_rebuilt(kv: Path) -> None:
+    before = stored(kv / "disk")
+    file = kv / "disk" / "index" / "data.mdb"
+    file.write_bytes(os.urandom(file.stat().st_size))
+    with TieredStore(small_config(disk=kv / "disk")) as store:  # rebuilds it, and has it open
+        assert store.prefix_hit(small_keys()) == NUM_BLOCKS
+        file.write_bytes(os.urandom(file.stat().st_size))
+        code, _, err = kvstore("verify", kv / "disk", "--repair")
+        assert code == 2 and "is in use" in err
+    assert kvstore("verify", kv / "disk")[0] == 1
+    assert kvstore_json("verify", kv / "disk", "--repair")["ok"]
+    assert stored(kv / "disk") == before
+    assert prefix_hit(small_config(disk=kv / "disk"), small_keys()) == NUM_BLOCKS
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    """As bash asks for it."""
+    for words, wanted in (("kvstore ver", "verify"), ("kvstore gc --max", "--max-bytes")):
+        environ = {**os.environ, "_KVSTORE_COMPLETE": "complete_bash", "COMP_WORDS": words,
+                   "COMP_CWORD": str(len(words.split()) - 1)}  # fmt: skip
+        command = [str(Path(sys.executable).parent / "kvstore")]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=60)
+        assert wanted in done.stdout.split(), done
