@@ -86,6 +86,9 @@ class SchedulerHalf(ABC):
             wait_s: an engine with nothing else to do waits so long for what it was told to ask for again.
         """
 
+    def touch(self, keys: Keys) -> None:  # noqa: B027 - a half without a policy
+        """A request that used, or stored, these is over: note it, so that a prefix's tail leaves before its head."""
+
     def failed(self, numbers: Sequence[int]) -> None:  # noqa: B027 - a half whose workers cannot fail
         """These jobs have failed at a worker, which is told before the last report of each: of a store, that
         nothing of it may ever be found."""

@@ -48,6 +48,9 @@ class MultiScheduler(SchedulerHalf):
         self._loaded: dict[str, set[BlockKey]] = {}  # by request, until it is forgotten; of the first group
         self._holders: Counter[BlockKey] = Counter()  # requests that have loaded a block
 
+    def touch(self, keys: Keys) -> None:
+        self._each(lambda _, child: child.touch(keys))
+
     def begin(self, request_id: str, keys: Keys) -> None:
         self._each(lambda _, child: child.begin(request_id, keys))
 

@@ -170,6 +170,10 @@ class OffloadingScheduler(SchedulerHalf):
         self._loads, self._stores, self._known_failures = [], [], []
         return step
 
+    def touch(self, keys: Keys) -> None:
+        for of_group in keys:
+            self._manager.touch(of_group)
+
     def failed(self, numbers: Sequence[int]) -> None:
         self._known_failures += numbers
         for number in numbers:

@@ -75,7 +75,9 @@ EXAMPLES = [pytest.param(block.text, id=block.name) for block in blocks("python"
 
 @pytest.fixture
 def folder(small_store: Path, small_model: Path, tmp_path: Path) -> Path:
-    """Where readers are: in a folder with ./kv, ./my-model, ./prompt.json and what was dumped of it."""
+    """Where readers are: in a folder with ./kv, ./my-model, ./prompt.json and what was dumped of it, ./trace.jsonl."""
+    requests = [[i % 7, 100 + i % 5, 200 + i] for i in range(50)]
+    (tmp_path / "trace.jsonl").write_text("\n".join(json.dumps({"hash_ids": ids}) for ids in requests))
     copy_store(small_store, tmp_path / "kv")
     (tmp_path / "prompt.json").write_text(json.dumps(list(range(NUM_BLOCKS * LAYOUT.block_size))))
     choice = Choice(tokens_file=tmp_path / "prompt.json")

@@ -22,6 +22,7 @@ from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
 from tools.options import Json, KeyFile, StoredPath
+from tools.plan.command import plan
 from tools.proxy.command import proxy
 
 app = typer.Typer(
@@ -229,6 +230,7 @@ app.command()(_errors()(plot))
 app.command()(_errors()(gc))
 app.command()(_errors()(purge))
 app.command()(_errors()(stat))
+app.command()(_errors()(plan))
 app.command()(_errors()(demo_vllm))
 app.command()(_errors()(demo_p2p))
 app.command()(_errors()(proxy))

@@ -243,6 +243,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """A producer that was asked to (``do_remote_decode``) hands over what it has stored of the prompt."""
         state = self._requests.pop(request.request_id, None)
+        if state is not None and state.stored:
+            self.scheduler.touch(state.keys.of_blocks(0, state.stored))
         self.scheduler.forget(request.request_id)
         params = request.kv_transfer_params
         is_asked = (params or {}).get("do_remote_decode") is True

@@ -1,0 +1,208 @@
+"""`kvstore plan`: known answers, the store's own policies, traces that are none, and a million requests."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.errors import ConfigError
+from tests.tools.test_cli import kvstore, kvstore_json
+from tools.plan.plan import BEST, Question, plan_of
+from tools.plan.simulate import hits_at_best, hits_by_policy, hits_by_stack_distance
+from tools.plan.trace import Trace, read_trace
+
+
+def trace_of(requests: Iterable[list[int]]) -> Trace:
+    requests = list(requests)
+    ids = np.array([block for ids in requests for block in ids], dtype=np.int64)
+    return Trace(ids, np.concatenate(([0], np.cumsum([len(ids) for ids in requests]))).astype(np.int64))
+
+
+def write(path: Path, requests: Iterable[list[int]]) -> Path:
+    path.write_text("\n".join(json.dumps({"timestamp": 0, "hash_ids": ids}) for ids in requests))
+    return path
+
+
+def conversations(num_requests: int, seed: int = 0) -> list[list[int]]:
+    """Prompts that grow turn by turn, of several users; all begin with one block."""
+    rng = np.random.default_rng(seed)
+    users: list[list[int]] = [[0] for _ in range(40)]
+    requests, following = [], 1
+    for user in rng.zipf(1.3, num_requests) % len(users):
+        if len(users[user]) > 30:
+            users[user] = [0]
+        n = int(rng.integers(1, 5))
+        users[user] = [*users[user], *range(following, following + n)]
+        following += n
+        requests.append(users[user])
+    return requests
+
+
+def naive_lru(trace: Trace, capacity: int) -> int:
+    """A list, most recent first; a request's head is more recent than its tail."""
+    stack: list[int] = []
+    hits = 0
+    for ids in trace.requests():
+        there = set(stack[:capacity])
+        hits += next((i for i, block in enumerate(ids) if block not in there), len(ids))
+        stack = [*ids, *(block for block in stack if block not in ids)]
+    return hits
+
+
+def test_answers_by_hand() -> None:
+    trace = trace_of([[1, 2, 3], [1, 2, 4], [5, 6], [1, 2, 3]])
+    assert hits_by_stack_distance(trace, [1, 2, 4, 6, 9]) == [1, 2, 4, 5, 5]
+    assert [hits_by_policy(trace, "lru", n) for n in (6, 9)] == [5, 5]
+    assert [hits_at_best(trace, n) for n in (1, 2, 3, 9)] == [2, 4, 5, 5]
+
+
+def prefix(path: list[int]) -> list[int]:
+    """A node of a tree, and all above it."""
+    return [int("1" + "".join(map(str, path[:i]))) for i in range(1, len(path) + 1)]
+
+
+prefixes = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6).map(prefix), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(prefixes, st.integers(6, 40))
+def test_lru_three_ways(requests: list[list[int]], capacity: int) -> None:
+    """By stack distances, by the store's own policy, and by a list; no policy beats the best."""
+    trace = trace_of(requests)
+    (by_distance,) = hits_by_stack_distance(trace, [capacity])
+    assert by_distance == naive_lru(trace, capacity) == hits_by_policy(trace, "lru", capacity)
+    best = hits_at_best(trace, capacity)
+    assert all(hits_by_policy(trace, name, capacity) <= best for name in ("lru", "arc", "s3fifo"))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.integers(1, 4))
+def test_the_best_is_the_best(blocks: list[int], capacity: int) -> None:
+    """Against trying everything: after each use, any set of so many blocks may be kept."""
+    trace = trace_of([[block] for block in blocks])
+    reach = {frozenset[int](): 0}
+    for block in blocks:
+        following: dict[frozenset[int], int] = {}
+        for held, hits in reach.items():
+            hits += block in held
+            for kept in [held | {block}, held, *(held - {one} | {block} for one in held)]:
+                if len(kept) <= capacity:
+                    following[kept] = max(following.get(kept, -1), hits)
+        reach = following
+    assert hits_at_best(trace, capacity) == max(reach.values())
+
+
+def test_a_sample_is_near(tmp_path: Path) -> None:
+    whole = trace_of(conversations(6000))
+    exact = plan_of(whole, Question(capacities=(100, 400, 1000)))
+    sample = whole.sampled(len(whole.ids) // 4)
+    assert 0.15 < len(np.unique(sample.ids)) / len(np.unique(whole.ids)) < 0.35
+    for i, n in enumerate((100, 400, 1000)):
+        hits = hits_by_stack_distance(sample, [round(n * sample.rate)])[0]
+        expected = len(whole.ids) * sample.rate
+        estimate = (hits - (len(sample.ids) - expected)) / expected
+        assert estimate == pytest.approx(exact.hit_rates["lru"][i], abs=0.08)
+
+
+def test_target_and_budgets(tmp_path: Path) -> None:
+    path = write(tmp_path / "trace", conversations(800))
+    found = kvstore_json("plan", path, "--target-hit-rate", 0.5, "--block-bytes", "1KiB", "--host-budget", "64KiB",
+                         "--disk-budget", "1MiB")  # fmt: skip
+    assert found["budget_blocks"] == {"host": 64, "disk": 1024}
+    trace = read_trace(path)
+    total = len(trace.ids)
+    assert found["budgets"]["host"]["arc"] == pytest.approx(hits_by_policy(trace, "arc", 64) / total)
+    for advice in found["advice"]:
+        n = advice["num_blocks"]
+        assert hits_by_policy(trace, advice["policy"], n) / total >= 0.5
+        assert advice["nbytes"] == n * 1024
+        assert hits_by_policy(trace, advice["policy"], n * 97 // 100 - 1) / total < 0.5 or advice["policy"] != "lru"
+    assert found["hit_rates"][BEST] == sorted(found["hit_rates"][BEST])
+    out = kvstore("plan", path, "--target-hit-rate", 0.999)[1]
+    assert "cannot be reached" in out
+
+
+def test_chart(tmp_path: Path) -> None:
+    path = write(tmp_path / "trace", conversations(200))
+    kvstore_json("plan", path, "--chart", tmp_path / "plan.png", "--block-bytes", "1MiB", "--host-budget", "100MiB")
+    data = (tmp_path / "plan.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n") and int.from_bytes(data[16:20], "big") == 1200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"hash_ids": [-1]}',
+        '{"hash_ids": [NaN]}',
+        '{"hash_ids": [1.5]}',
+        '{"hash_ids": ["1"]}',
+        '{"hash_ids": [99999999999999999999999]}',
+        '{"hash_ids": null}',
+        '{"hash_ids": [1]}\n{"hash_ids": [1',
+        '{"hash_ids": ' + "[" * 100_000,
+        '{"hash_ids": [' + "1," * (1 << 20) + "1]}",
+        '{"hash_ids": [1], "more": ' + '{"a":' * 5000,
+        "\x00\xff",
+    ],
+    ids=range(14),
+)
+def test_what_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(text)
+    code, _, err = kvstore("plan", path)
+    assert code == 2 and "TRACE" in err and "Traceback" not in err
+
+
+def test_a_line_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.plan.trace.MAX_LINE_NBYTES", 1000)
+    path = tmp_path / "trace"
+    path.write_text('{"hash_ids": [1]}\n' + " " * 2000)
+    with pytest.raises(ConfigError, match="line 2 .* is longer"):
+        read_trace(path)
+    with pytest.raises(ConfigError, match="nowhere"):
+        read_trace(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--capacities", "0"),
+        ("--capacities", "x"),
+        ("--capacities", ",".join(str(i + 1) for i in range(70))),
+        ("--policies", "none"),
+        ("--policies", ""),
+        ("--target-hit-rate", "2"),
+        ("--host-budget", "-1"),
+        ("--block-bytes", "many"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path: Path, option: str, value: str) -> None:
+    path = write(tmp_path / "trace", [[1], [2]])
+    code, _, err = kvstore("plan", path, f"{option}={value}")
+    assert code == 2 and ("--" in err or "eviction_policy" in err or "capacity" in err)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_million_requests(tmp_path: Path) -> None:
+    requests = conversations(20_000)
+    with (tmp_path / "trace").open("w") as file:
+        for i in range(50):  # one day after the other; all begin with one block
+            for ids in requests:
+                file.write(json.dumps({"hash_ids": [0, *(block + i * 10_000_000 for block in ids[1:])]}) + "\n")
+    start = time.process_time()
+    found = kvstore_json("plan", tmp_path / "trace", "--target-hit-rate", 0.5)
+    seconds = time.process_time() - start
+    print(f"{found['requests']} requests, {found['blocks_asked']} blocks: {seconds:.0f} s")
+    assert found["requests"] == 1_000_000 and found["sampled"] < 0.1
+    assert seconds < 240  # 120 on an idle machine

@@ -1,0 +1,1 @@
+"""`kvstore plan`: how large tiers must be, from a trace of requests."""

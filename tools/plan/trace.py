@@ -1,0 +1,115 @@
+"""Reads traces: JSON lines, each a request with ``hash_ids``, numbers that name its blocks, prefix first.
+
+The format of the Mooncake traces. Lines are bounded, and what is none is refused with its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.errors import ConfigError
+from tools.output import progress
+
+MAX_LINE_NBYTES: Final = 16 << 20
+MAX_ACCESSES: Final = 1 << 28
+_BATCH: Final = 4096
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+
+_Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class _Line(msgspec.Struct, frozen=True):
+    hash_ids: Annotated[list[_Id], msgspec.Meta(max_length=1 << 20)]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests, one after the other.
+
+    Attributes:
+        ids: int64; request i has ``ids[starts[i]:starts[i + 1]]``.
+        starts: int64, (num_requests + 1,).
+        rate: the share of blocks that is left of the whole trace; 1.0: all.
+    """
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    rate: float = 1.0
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.starts) - 1
+
+    def requests(self) -> Iterator[list[int]]:
+        ids, starts = self.ids.tolist(), self.starts.tolist()
+        for first, end in zip(starts[:-1], starts[1:], strict=True):
+            yield ids[first:end]
+
+    def sampled(self, most: int) -> Trace:
+        """At most about so many accesses: those of some blocks, chosen by a hash of their ids; requests without
+        any go. Source: SHARDS (Waldspurger et al., FAST 2015)."""
+        rate = min(1.0, most / max(1, len(self.ids)))
+        if rate == 1.0:
+            return self
+        mixed = self.ids.astype(np.uint64) * _GOLDEN
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= _GOLDEN
+        kept = (mixed >> np.uint64(32)) < np.uint64(int(rate * (1 << 32)))
+        counts = np.add.reduceat(np.concatenate((kept, [False])), self.starts[:-1])
+        counts = counts * (np.diff(self.starts) > 0)
+        starts = np.concatenate(([0], np.cumsum(counts[counts > 0])))
+        return Trace(self.ids[kept], starts.astype(np.int64), rate)
+
+
+def read_trace(path: Path) -> Trace:
+    """All of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or a line is no request; says which.
+    """
+    decoder = msgspec.json.Decoder(_Line)
+    parts: list[NDArray[np.int64]] = []
+    lengths: list[int] = []
+    batch: list[int] = []
+    total = 0
+    try:
+        with path.open("rb") as file, progress(f"reading {path.name}", None) as advance:
+            for number in range(1, 1 << 62):
+                line = file.readline(MAX_LINE_NBYTES + 1)
+                if not line:
+                    break
+                if len(line) > MAX_LINE_NBYTES:
+                    raise ConfigError(f"TRACE: line {number} of {path} is longer than {MAX_LINE_NBYTES >> 20} MiB")
+                if not line.strip():
+                    continue
+                ids = _ids(decoder, line, number, path)
+                batch += ids
+                lengths.append(len(ids))
+                total += len(ids)
+                if total > MAX_ACCESSES:
+                    raise ConfigError(f"TRACE: {path} has more than {MAX_ACCESSES} blocks in all; give a part of it")
+                if len(lengths) % _BATCH == 0:
+                    parts.append(np.array(batch, dtype=np.int64))
+                    batch = []
+                    advance(_BATCH)
+    except OSError as e:
+        raise ConfigError(f"TRACE: {str(path)!r} cannot be read ({e.strerror})") from e
+    parts.append(np.array(batch, dtype=np.int64))
+    if not total:
+        raise ConfigError(f"TRACE: {path} has no requests; give JSON lines with hash_ids")
+    return Trace(np.concatenate(parts), np.concatenate(([0], np.cumsum(lengths))).astype(np.int64))
+
+
+def _ids(decoder: msgspec.json.Decoder[_Line], line: bytes, number: int, path: Path) -> list[int]:
+    try:
+        ids = decoder.decode(line).hash_ids
+    except (msgspec.MsgspecError, RecursionError) as e:
+        raise ConfigError(f"TRACE: line {number} of {path} is no request ({e}); give JSON with hash_ids") from e
+    return list(dict.fromkeys(ids))  # a prefix's blocks all differ
