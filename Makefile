@@ -10,7 +10,7 @@ VLLM_STAMP := $(VENV)/.vllm
 PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-vllm demo-p2p test test-slow test-gpu check bench bench-vllm format clean
+.PHONY: help venv demo demo-vllm demo-p2p test test-slow test-gpu fuzz check bench bench-vllm format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-gpu: $(STAMP)  ## Tests that need a CUDA device; says so where there is non
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(PY) -m pytest -m gpu $(PYTEST_ARGS) tests; \
 	else echo "test-gpu: no CUDA device on this machine (or a CPU build of torch): nothing was tested"; fi
+
+fuzz: $(STAMP)  ## Feed every parser what anybody may have written, for a minute
+	$(PY) -m tests.fuzz
 
 check: $(STAMP)  ## Formatting, lint, types, and which way imports go
 	$(PY) -m ruff format --check .

@@ -68,11 +68,17 @@ class StoredFormat:
     def identity(self) -> KVIdentity:
         """What a store of this KV is opened with; raises ConfigError where a field is none that a store has."""
         content, placed = self.content, self.placed
-        names = ("model", "revision", "draft_model", "kv_scales", "rope", "group_kind", "hash_algorithm", "hash_seed")
+        names = ("draft_model", "kv_scales", "rope", "group_kind", "hash_algorithm", "hash_seed")
         texts = {name: str(content[name]) for name in names if name in content}
-        numbers = ("tp_size", "pp_size", "first_layer", "first_kv_head")
-        placement = Placement(byte_layout=self.byte_layout, **{name: int(placed.get(name, 0)) for name in numbers})
-        return KVIdentity(layout=self.layout, placement=placement, **texts)
+        defaults = {"tp_size": 1, "pp_size": 1, "first_layer": 0, "first_kv_head": 0}
+        numbers = {name: placed.get(name, default) for name, default in defaults.items()}
+        return KVIdentity(
+            model=str(content.get("model", "")),
+            revision=str(content.get("revision", "")),
+            layout=self.layout,
+            placement=Placement(byte_layout=self.byte_layout, **numbers),  # type: ignore[arg-type]
+            **texts,
+        )
 
 
 def canonical_json(fields: dict[str, str | int]) -> bytes:

@@ -427,3 +427,22 @@ def test_what_is_on_its_way_up_at_a_reset_is_not_found_after_it(tmp_path: Path) 
     time.sleep(0.1)
     assert engine.lookup("q", keys) == 0
     engine.close()
+
+
+def test_of_a_prompt_the_tail_leaves_before_the_head() -> None:
+    """Though its tail was stored after its head was last looked for."""
+    engine = Engine(None, host_blocks=8)
+    try:
+        keys, others = make_keys(6), make_keys(4, seed=1)
+        engine.store(keys[:3], range(3))
+        engine.step()
+        assert engine.lookup("r", keys) == 3
+        engine.store(keys[3:], range(3, 6))
+        engine.step()
+        engine.scheduler.touch(engine.of_groups(keys))
+        engine.store(others, range(6, 10))
+        engine.step()
+        assert engine.lookup("again", keys) == 4
+        assert engine.lookup("others", others) == 4
+    finally:
+        engine.close()

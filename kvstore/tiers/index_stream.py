@@ -95,10 +95,11 @@ class _Frames:
 
     def _sound_run(self, data: bytes, at: int) -> NDArray[np.uint8]:
         """Whole frames of the right size from ``at`` on; shape (n, frame_nbytes)."""
-        n = (len(data) - at) // self._frame_nbytes
-        frames = np.frombuffer(data, dtype=np.uint8, count=n * self._frame_nbytes, offset=at).reshape(n, -1)
+        size = self._frame_nbytes
+        n = (len(data) - at) // size
+        frames = np.frombuffer(data, dtype=np.uint8, count=n * size, offset=at).reshape(n, size)
         if not n:
-            return frames.reshape(0, self._frame_nbytes)
+            return frames
         are_sound = (frames[:, : _LENGTHS.size] == self._lengths).all(axis=1)
         return frames if are_sound.all() else frames[: int(are_sound.argmin())]
 
