@@ -16,7 +16,8 @@ from tools.plan.simulate import hits_at_best, hits_by_policy, hits_by_stack_dist
 from tools.plan.trace import Trace, read_trace
 
 BEST: Final = "best possible"
-MOST_ACCESSES: Final = 300_000  # more are sampled
+MOST_ACCESSES: Final = 300_000  # of more
+SAMPLE_ACCESSES: Final = 30_000  # so many are simulated: each may be a request of its own
 _POINTS: Final = 8
 _MOST_CAPACITIES: Final = 64
 
@@ -118,7 +119,8 @@ def plan(path: Path, question: Question) -> Plan:
 def plan_of(whole: Trace, question: Question) -> Plan:
     """As `plan`, of a trace that was read."""
     _check(question)
-    trace, distinct = whole.sampled(MOST_ACCESSES), len(np.unique(whole.ids))
+    is_small = len(whole.ids) <= MOST_ACCESSES
+    trace, distinct = whole if is_small else whole.sampled(SAMPLE_ACCESSES), len(np.unique(whole.ids))
     budgets = {tier: n for tier, n in (("host", question.host_blocks), ("disk", question.disk_blocks)) if n is not None}
     capacities = sorted(set(question.capacities or _spaced(distinct)))
     every = sorted({*capacities, *budgets.values()})
@@ -172,9 +174,9 @@ def _advise(trace: Trace, whole: Trace, question: Question, policy: str, distinc
 
 
 def _rate(hits: int, trace: Trace, whole: Trace) -> float:
-    """Of a sample: a hot block that is, or is not, among it counts as often as it should (SHARDS-adj)."""
-    expected = len(whole.ids) * trace.rate
-    return float(min(1.0, max(0.0, (hits - (len(trace.ids) - expected)) / expected)))
+    """Of the whole trace, where a sample was simulated."""
+    rest = len(whole.ids) - trace.hot_accesses
+    return float((hits / max(1, len(trace.ids)) * rest + trace.hot_hits) / len(whole.ids))
 
 
 def _spaced(distinct: int) -> list[int]:

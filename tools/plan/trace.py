@@ -20,6 +20,7 @@ from tools.output import progress
 MAX_LINE_NBYTES: Final = 16 << 20
 MAX_ACCESSES: Final = 1 << 28
 _BATCH: Final = 4096
+_HOT_SHARE: Final = 0.01
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 
 _Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -37,11 +38,15 @@ class Trace:
         ids: int64; request i has ``ids[starts[i]:starts[i + 1]]``.
         starts: int64, (num_requests + 1,).
         rate: the share of blocks that is left of the whole trace; 1.0: all.
+        hot_accesses, hot_hits: of blocks that are in so many requests that they are not simulated: hits, but for
+            the first time.
     """
 
     ids: NDArray[np.int64]
     starts: NDArray[np.int64]
     rate: float = 1.0
+    hot_accesses: int = 0
+    hot_hits: int = 0
 
     @property
     def num_requests(self) -> int:
@@ -55,17 +60,20 @@ class Trace:
     def sampled(self, most: int) -> Trace:
         """At most about so many accesses: those of some blocks, chosen by a hash of their ids; requests without
         any go. Source: SHARDS (Waldspurger et al., FAST 2015)."""
-        rate = min(1.0, most / max(1, len(self.ids)))
-        if rate == 1.0:
+        if len(self.ids) <= most:
             return self
-        mixed = self.ids.astype(np.uint64) * _GOLDEN
+        blocks, which, counts = np.unique(self.ids, return_inverse=True, return_counts=True)
+        are_hot = counts > self.num_requests * _HOT_SHARE
+        rate = min(1.0, most / max(1, int(counts[~are_hot].sum())))
+        mixed = blocks.astype(np.uint64) * _GOLDEN
         mixed ^= mixed >> np.uint64(29)
         mixed *= _GOLDEN
-        kept = (mixed >> np.uint64(32)) < np.uint64(int(rate * (1 << 32)))
-        counts = np.add.reduceat(np.concatenate((kept, [False])), self.starts[:-1])
-        counts = counts * (np.diff(self.starts) > 0)
-        starts = np.concatenate(([0], np.cumsum(counts[counts > 0])))
-        return Trace(self.ids[kept], starts.astype(np.int64), rate)
+        chosen = ((mixed >> np.uint64(32)) < np.uint64(int(rate * (1 << 32)))) & ~are_hot
+        kept = chosen[which]
+        counted = np.concatenate(([0], np.cumsum(kept)))[self.starts]
+        starts = np.unique(counted)  # requests without any begin where the next one does
+        hot = counts[are_hot]
+        return Trace(self.ids[kept], starts.astype(np.int64), rate, int(hot.sum()), int((hot - 1).sum()))
 
 
 def read_trace(path: Path) -> Trace:
