@@ -209,7 +209,8 @@ def test_interrupted(tmp_path: Path) -> None:
     """By a real SIGINT: what has gone is said, the rest is as it was."""
     fill(small_config(shared=tmp_path / "shared"))
     code = (
-        "import kvstore.tiers.removal as r, tools.cli, time\n"
+        "import kvstore.tiers.removal as r, signal, tools.cli, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background ignores it
         "unlink = r._unlink\n"
         "def slow(chunk):\n"
         "    gone = unlink(chunk); print('one', flush=True); time.sleep(0.5); return gone\n"
