@@ -12,7 +12,7 @@ from rich.console import RenderableType
 
 from kvstore.slot import read_integrity_key
 from kvstore.tiers.catalog import Catalog, Verdict
-from kvstore.tiers.removal import repair
+from kvstore.tiers.removal import RemovalError, repair
 from tools.ls import problem_lines, problems_of
 from tools.output import lines, progress, size
 from tools.places import find_catalogs
@@ -95,11 +95,17 @@ def verify_and_repair(path: Path, integrity_key_file: str | None = None) -> Repo
     key, repaired = read_integrity_key(integrity_key_file), 0
     for catalog in find_catalogs(path, integrity_key_file):
         with progress(f"{catalog.tier} {catalog.path}", None) as advance:
-            bad = []
+            bad, num_good = [], 0
             for verdict in catalog.check():
                 advance(1)
                 if verdict.is_bad:
                     bad.append(verdict.chunk)
+                num_good += not verdict.reason
+        if len(bad) > num_good:  # as all are to who lacks the key that they were signed with
+            raise RemovalError(
+                f"{catalog.path}: {len(bad)} chunks do not verify and {num_good} do; nothing was removed. Give "
+                "--integrity-key-file if they were signed, or delete them with kvstore purge"
+            )
         if bad or catalog.problems:
             repaired += repair(catalog, bad, key)
     report = verify(path, integrity_key_file)

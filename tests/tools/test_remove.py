@@ -340,3 +340,20 @@ def test_the_shell_completes_commands_and_options() -> None:
         command = [str(Path(sys.executable).parent / "kvstore")]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=60)
         assert wanted in done.stdout.split(), done
+
+
+def test_what_was_signed_is_not_removed_without_its_key(tmp_path: Path) -> None:
+    """To who lacks the key all of it looks damaged; also where the index is."""
+    key = tmp_path / "key"
+    key.write_bytes(b"a secret of the tests")
+    config = small_config(disk=tmp_path / "disk", shared=tmp_path / "shared", integrity_key_file=key)
+    fill(config)
+    for damage_index in (False, True):
+        if damage_index:
+            file = tmp_path / "disk" / "index" / "data.mdb"
+            file.write_bytes(os.urandom(file.stat().st_size))
+        for tier in ("disk", "shared"):
+            code, _, err = kvstore("verify", tmp_path / tier, "--repair")
+            assert code == 2 and "--integrity-key-file" in err
+    assert kvstore_json("verify", tmp_path, "--repair", "--integrity-key-file", key)["ok"]
+    assert prefix_hit(config, small_keys()) == NUM_BLOCKS
