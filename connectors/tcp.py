@@ -198,7 +198,7 @@ def read_hello(data: bytes, mine: HelloT) -> HelloT:
         if transport != mine.transport:
             raise PipeProtocolError(f"the peer's pipe is {transport!r}, this one is {mine.transport!r}")
         theirs = msgspec.msgpack.decode(data, type=type(mine))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise PipeProtocolError(f"that is no hello of {mine.transport}: {e}") from e
     if theirs.slot_nbytes != mine.slot_nbytes:
         raise PipeProtocolError(f"the peer's slots have {theirs.slot_nbytes} bytes, these have {mine.slot_nbytes}")

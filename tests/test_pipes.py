@@ -24,7 +24,7 @@ import torch.distributed as dist
 from connectors.nccl import NcclEnd
 from connectors.nixl import NixlEnd
 from connectors.pipe import Pipe, PipeClosedError, PipeEnd, PipeError, PipeProtocolError, PipeTimeoutError
-from connectors.tcp import HEADER, Frame, Kind, Stream, TcpEnd, TcpPipe
+from connectors.tcp import HEADER, Frame, Hello, Kind, Stream, TcpEnd, TcpPipe, read_hello
 from connectors.testing import PipeTests
 from connectors.testing.pipe import MAX_NBYTES, SLOT_NBYTES, assert_closed, at_once, carry, join, raised
 from kvstore.errors import ConfigError, MissingExtraError
@@ -246,6 +246,12 @@ def take_all(pipe: Pipe, are_slots: bool) -> None:
             list(pipe.recv_slots(np.arange(2), TIMEOUT_S))
         else:
             pipe.recv_tensor(TIMEOUT_S)
+
+
+def test_a_hello_that_is_nested_deeply_is_refused() -> None:
+    mine = Hello(transport="tcp", is_server=True, slot_nbytes=SLOT_NBYTES, max_nbytes=MAX_NBYTES)
+    with pytest.raises(PipeProtocolError, match="that is no hello of tcp"):
+        read_hello(b"\x81\xa1x" + b"\x91" * 5000 + b"\xc0", mine)
 
 
 def test_garbage_on_a_pipe_closes_it() -> None:
