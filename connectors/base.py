@@ -25,6 +25,22 @@ Blocks = Sequence[Sequence[int | None]]
 """By KV cache group: numbers of blocks of the engine's cache; None where it has, or needs, none."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """Who asks, for people who look into what is stored.
+
+    Attributes:
+        tenant: the request's salt.
+        adapter: digest of the content of its LoRA adapter.
+        num_tokens: of its prompt.
+    """
+
+    request_id: str
+    tenant: str = ""
+    adapter: bytes = b""
+    num_tokens: int = 0
+
+
 class SchedulerHalf(ABC):
     """What runs beside an engine's scheduler, and decides. Called by one thread; waits for no I/O.
 
@@ -32,6 +48,9 @@ class SchedulerHalf(ABC):
     was found, `store` for what the step computes, `end_step`; then the workers run the step,
     and `reported` says what they have done.
     """
+
+    def asked(self, asker: Asker, keys: Keys) -> None:  # noqa: B027 - a half that keeps no journal
+        """A new request has come, with these full blocks in its prompt; told once, before anything else of it."""
 
     def begin(self, request_id: str, keys: Keys) -> None:  # noqa: B027 - a half may have nothing to prepare
         """A new request has come, which will ask for these."""

@@ -8,7 +8,7 @@ Shapes: L layers, H KV heads, T tokens, D head size, B blocks, S tokens a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -39,7 +39,26 @@ class BlockStore(Protocol):
 
     def prefix_hit(self, keys: Sequence[BlockKey]) -> int: ...
 
-    def get(self, keys: Sequence[BlockKey], out: torch.Tensor, *, first_block: int = 0) -> int: ...
+    def get(
+        self,
+        keys: Sequence[BlockKey],
+        out: torch.Tensor,
+        *,
+        first_block: int = 0,
+        sources: dict[str, int] | None = None,
+    ) -> int: ...
+
+    def asked(
+        self,
+        keys: Sequence[BlockKey],
+        hits: Mapping[str, int],
+        *,
+        request_id: str = "",
+        tenant: str = "",
+        adapter_digest: bytes = b"",
+        num_tokens: int = 0,
+        waited_s: float = 0.0,
+    ) -> None: ...
 
     def put(self, keys: Sequence[BlockKey], blocks: torch.Tensor, *, first_block: int = 0) -> int: ...
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from connectors.base import Blocks, Keys, SchedulerHalf, WorkerHalf
+from connectors.base import Asker, Blocks, Keys, SchedulerHalf, WorkerHalf
 from kvstore.events import TierEvent
 from kvstore.keys import BlockKey
 
@@ -57,6 +57,9 @@ class MultiScheduler(SchedulerHalf):
     def expect(self, request_id: str, keys: Keys, params: Mapping[str, Any] | None) -> int:
         self._expected[request_id] = self._each(lambda _, child: child.expect(request_id, keys, params))
         return max(self._expected[request_id].values(), default=0)
+
+    def asked(self, asker: Asker, keys: Keys) -> None:
+        self._each(lambda _, child: child.asked(asker, keys))
 
     def hand_over(self, keys: Keys, params: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """All that the children have to say; each has a field of its own."""

@@ -19,20 +19,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from connectors.base import ArenaHandle, Blocks, CopyJob, Keys, SchedulerHalf, Step, Stripe, WorkerHalf
+from connectors.base import ArenaHandle, Asker, Blocks, CopyJob, Keys, SchedulerHalf, Step, Stripe, WorkerHalf
 from connectors.pages import PageCopier
 from connectors.prefix_lookups import PrefixLookups
 from kvstore.arena import HostArena
 from kvstore.config import StoreConfig
 from kvstore.events import TierEvent
 from kvstore.io_service import IoService
+from kvstore.journal_writer import PromptLookup, tenant_digest
 from kvstore.keys import BlockKey, array_to_keys, keys_to_array
 from kvstore.manager import LoadLease
 from kvstore.planes import Planes
@@ -57,6 +58,16 @@ class _Promise:
 
     leases: list[LoadLease]
     starts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that the journal is to hear of, when its lookup has been answered."""
+
+    asker: Asker
+    keys: Sequence[BlockKey]
+    since: float
+    t_ns: int
 
 
 class OffloadingScheduler(SchedulerHalf):
@@ -91,8 +102,18 @@ class OffloadingScheduler(SchedulerHalf):
         self._known_failures: list[int] = []
         self._filling: set[BlockKey] = set()  # keys of open store jobs
         self._host = TierStats(name="host")
+        self._asked: dict[str, _Asked] = {}
+        try:
+            self._planes.open_journal(type(self).__name__, self._tier_stats)
+        except BaseException:
+            self.close()
+            raise
 
     # -- what an engine asks
+
+    def asked(self, asker: Asker, keys: Keys) -> None:
+        if self._planes.journal is not None:
+            self._asked[asker.request_id] = _Asked(asker, keys[0], time.monotonic(), time.time_ns())
 
     def begin(self, request_id: str, keys: Keys) -> None:
         """Start to look for a new request's prefix, before it is asked for."""
@@ -114,7 +135,11 @@ class OffloadingScheduler(SchedulerHalf):
             if window is None and n is not None:
                 n = self._present(request_id, of_group[:n], expected)
         n = self._fit_windows(request_id, keys, n, expected) if n is not None else None
-        return None if n is None else self._promise(request_id, keys, n)
+        if n is None:
+            return None
+        promised = self._promise(request_id, keys, n)
+        self._note(request_id, promised, len(keys[0]))
+        return promised
 
     def load(self, request_id: str, blocks: Blocks) -> None:
         """Take the leading blocks of what was promised into these blocks of the engine's cache.
@@ -197,6 +222,7 @@ class OffloadingScheduler(SchedulerHalf):
 
     def forget(self, request_id: str) -> None:
         """The request is over: finished, aborted, or refused."""
+        self._note(request_id, 0, None)
         self._lookups.forget(request_id)
         self._break_promise(request_id)
 
@@ -214,13 +240,16 @@ class OffloadingScheduler(SchedulerHalf):
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters and sizes by tier, from the top."""
+        return {stats.name: asdict(stats) for stats in self._tier_stats()}
+
+    def _tier_stats(self) -> list[TierStats]:
         ready, pinned, evicted = self._manager.usage()
         host, per_chunk, nbytes = self._host, self._per_chunk, self._planes.fmt.slot_nbytes
         host.capacity_blocks, host.capacity_nbytes = self._manager.num_slots * per_chunk, self._planes.host_nbytes
         host.used_blocks, host.used_nbytes = ready * per_chunk, ready * nbytes
         host.pinned_blocks, host.evicted_blocks = pinned * per_chunk, evicted * per_chunk
         lower = [] if self._planes.io is None else self._planes.io.stats()
-        return {stats.name: asdict(stats) for stats in (host, *lower)}
+        return [replace(host), *lower]
 
     def take_events(self) -> list[TierEvent]:
         return self._planes.take_events()
@@ -243,6 +272,31 @@ class OffloadingScheduler(SchedulerHalf):
         self._num_jobs += 1
         self._jobs[self._num_jobs] = _OpenJob(self._num_workers, done)
         return self._num_jobs
+
+    def _note(self, request_id: str, num_found: int, num_asked: int | None) -> None:
+        """Write a request to the journal, once: what was found of the last ``num_asked`` blocks of its prompt; the
+        engine itself had those before. None: it never asked."""
+        asked = self._asked.pop(request_id, None)
+        journal = self._planes.journal
+        if asked is None or journal is None:
+            return
+        hits = {} if num_asked is None else self.sources(request_id, num_found)
+        before = 0 if num_asked is None else self._num_loadable(asked) - num_asked
+        if before > 0:
+            hits = {"device": before, **hits}
+        asker = asked.asker
+        journal.asked(
+            PromptLookup(
+                keys=asked.keys, request_id=asker.request_id, tenant=tenant_digest(asker.tenant),
+                adapter=asker.adapter.hex()[:64], num_tokens=asker.num_tokens, hits=hits,
+                waited_s=time.monotonic() - asked.since, is_late=self._lookups.is_late(request_id), t_ns=asked.t_ns,
+            )
+        )  # fmt: skip
+
+    def _num_loadable(self, asked: _Asked) -> int:
+        """Blocks of a prompt that may be loaded: at least one token is computed."""
+        block_size = self.config.identity.layout.block_size
+        return min(len(asked.keys), (asked.asker.num_tokens - 1) // block_size)
 
     def _num_held(self, keys: Keys) -> int:
         """Leading blocks that are in host memory, in all groups that read all of a prefix, or are being filled."""

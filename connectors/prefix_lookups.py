@@ -96,6 +96,12 @@ class PrefixLookups:
             return False
         return not lookup.covers(missing) or (expected > 0 and now >= lookup.ended_at + _RETRY_S)
 
+    def is_late(self, request_id: str) -> bool:
+        """Whether a request's deadline has passed while something was on its way up."""
+        lookups = self._of_request.get(request_id, {}).values()
+        is_over = time.monotonic() >= self._deadlines.get(request_id, float("inf"))
+        return is_over and any(not lookup.ended.is_set() or lookup.ended_at >= lookup.deadline for lookup in lookups)
+
     def wait(self, timeout_s: float) -> None:
         """Give the threads their time, where an engine has nothing to compute but asks again."""
         asked, self._asked = self._asked, None

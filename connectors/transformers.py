@@ -165,6 +165,7 @@ class PrefixCache:
         input_ids: torch.Tensor | Sequence[int],
         *,
         logits_to_keep: int | None = 1,
+        request_id: str = "",
         progress: Callable[[int, int], None] | None = None,
     ) -> PrefillResult:
         """Load the longest stored prefix, compute the rest, store its full blocks.
@@ -172,11 +173,12 @@ class PrefixCache:
         Args:
             input_ids: one prompt without padding, shape (num_tokens,) or (1, num_tokens).
             logits_to_keep: of how many last positions; None is all that are computed.
+            request_id: what the store's journal calls this prompt.
             progress: called with how many of how many tokens are done.
         Raises:
             ConfigError: not one prompt of at least one token.
         """
-        sequence = self._load(input_ids)
+        sequence = self._load(input_ids, request_id)
         num_tokens, cached = sequence.ids_1t.shape[1], sequence.num_cached_tokens
         start = time.perf_counter()
         keep = num_tokens - cached if logits_to_keep is None else max(1, logits_to_keep)
@@ -204,12 +206,12 @@ class PrefixCache:
         )
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor | Sequence[int], **kwargs: Any) -> Any:
+    def generate(self, input_ids: torch.Tensor | Sequence[int], *, request_id: str = "", **kwargs: Any) -> Any:
         """As ``model.generate``, from the stored prefix; stores the full blocks of the prompt
         and of what was generated.
 
         Args:
-            input_ids: as for `prefill`.
+            input_ids, request_id: as for `prefill`.
             kwargs: settings of a GenerationConfig, logits processors, stopping criteria, a
                 streamer; an attention mask must be all ones.
         Returns:
@@ -219,7 +221,7 @@ class PrefixCache:
                 sequences, another cache, embeddings or other inputs beside tokens.
         """
         check_settings(kwargs, self._model.generation_config)
-        sequence = self._load(input_ids)
+        sequence = self._load(input_ids, request_id)
         mask = kwargs.pop("attention_mask", None)
         if mask is not None and not bool(torch.as_tensor(mask).all()):
             raise ConfigError("attention_mask: it masks tokens; give one prompt without padding")
@@ -241,7 +243,7 @@ class PrefixCache:
 
     # -- loading and storing
 
-    def _load(self, input_ids: torch.Tensor | Sequence[int]) -> _Sequence:
+    def _load(self, input_ids: torch.Tensor | Sequence[int], request_id: str) -> _Sequence:
         """Bring the longest stored prefix into a cache; at least one token is left to compute."""
         ids_1t = self._one_row(input_ids)
         start = time.perf_counter()
@@ -249,14 +251,19 @@ class PrefixCache:
         limit_tokens = ids_1t.shape[1] - 1
         hit = self._store.prefix_hit(keys)
         wanted = min(hit, -(-limit_tokens // self._block_size))
-        cache, loaded = DynamicCache(config=self._model.config), 0
+        cache, loaded, sources = DynamicCache(config=self._model.config), 0, dict[str, int]()
         if wanted:
             layers, loaded = self._mover.load(
-                wanted, lambda blocks, first: self._store.get(keys, blocks, first_block=first)
+                wanted, lambda blocks, first: self._store.get(keys, blocks, first_block=first, sources=sources)
             )
             _fill(cache, layers, min(limit_tokens, loaded * self._block_size))
         stored = hit if loaded == wanted else loaded  # what could not be loaded is stored again
-        return _Sequence(ids_1t, keys, cache, stored, loaded, time.perf_counter() - start)
+        load_s = time.perf_counter() - start
+        self._store.asked(
+            keys, sources, request_id=request_id, tenant=self._tenant, adapter_digest=self._adapter_digest,
+            num_tokens=ids_1t.shape[1], waited_s=load_s,
+        )  # fmt: skip
+        return _Sequence(ids_1t, keys, cache, stored, loaded, load_s)
 
     def _put(self, sequence: _Sequence) -> int:
         """Store the full blocks that are in the cache and not in the store; whole chunks."""

@@ -1,6 +1,13 @@
 """A tiered store for the KV cache of token prefixes: host memory, disk, a shared path."""
 
-from kvstore.config import DeviceTierConfig, DiskTierConfig, HostTierConfig, SharedTierConfig, StoreConfig
+from kvstore.config import (
+    DeviceTierConfig,
+    DiskTierConfig,
+    HostTierConfig,
+    JournalConfig,
+    SharedTierConfig,
+    StoreConfig,
+)
 from kvstore.identity import KVIdentity, Placement
 from kvstore.keys import BlockKey, hash_blocks
 from kvstore.layout import KVLayout
@@ -11,6 +18,7 @@ __all__ = [
     "DeviceTierConfig",
     "DiskTierConfig",
     "HostTierConfig",
+    "JournalConfig",
     "KVIdentity",
     "KVLayout",
     "Placement",

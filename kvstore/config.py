@@ -23,6 +23,7 @@ ENV_PREFIX: Final = "KVSTORE_"
 MIN_CAPACITY_NBYTES: Final = 4096
 MAX_THREADS: Final = 256
 MAX_EVENT_LOG_BLOCKS: Final = 1 << 20
+MIN_JOURNAL_NBYTES: Final = 1 << 20
 OnMismatch = Literal["refuse", "clear"]
 Fsync = Literal["never", "flush", "always"]
 Io = Literal["thread", "process"]
@@ -122,6 +123,26 @@ class SharedTierConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JournalConfig:
+    """A journal of requests and of what comes and goes (`kvstore.journal`), for ``kvstore explain`` and others.
+
+    Args:
+        path: a directory of its own; several processes may write there.
+        capacity_nbytes: bound of the directory; the oldest segments go.
+        sample_s: how often the tiers' sizes and counters are written.
+    """
+
+    path: str
+    capacity_nbytes: int = 64 << 20
+    sample_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _text("journal.path", self.path)
+        _at_least("journal.capacity_nbytes", self.capacity_nbytes, MIN_JOURNAL_NBYTES)
+        _seconds("journal.sample_s", self.sample_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
     """Everything a `TieredStore` needs.
 
@@ -135,6 +156,7 @@ class StoreConfig:
         integrity_key_file: file with a secret of at least 16 bytes; slots are then signed
             with a keyed digest, and who can write the path but lacks the key can cause
             misses only. Keep it outside of the tiers' paths.
+        journal: where requests and events are written for people to look at; None: nowhere.
         event_log_blocks: blocks' worth of events (`kvstore.events`) that wait to be taken, by
             process; 0: none are kept.
     """
@@ -150,6 +172,7 @@ class StoreConfig:
     load_timeout_s: float = 30.0
     stall_s: float = 10.0
     integrity_key_file: str | None = None
+    journal: JournalConfig | None = None
     event_log_blocks: int = 0
 
     def __post_init__(self) -> None:
@@ -158,6 +181,7 @@ class StoreConfig:
         _instance("device", self.device, DeviceTierConfig, or_none=True)
         _instance("disk", self.disk, DiskTierConfig, or_none=True)
         _instance("shared", self.shared, SharedTierConfig, or_none=True)
+        _instance("journal", self.journal, JournalConfig, or_none=True)
         _at_least("blocks_per_chunk", self.blocks_per_chunk, 1)
         for name, blocks in (("host", self.host.num_blocks), ("disk", self.disk.num_blocks if self.disk else None)):
             if blocks is not None and blocks < self.blocks_per_chunk:

@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 from kvstore.keys import KEY_NBYTES, BlockKey, array_to_keys
 
 EventKind = Literal["stored", "removed"]
+RemovedWhy = Literal["evicted", "purged", "corrupt", "reset", "by_other"]
+"""By its policy or gc; by a person; as it failed to verify; by a reset; by another process of the directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierEvent:
-    """Blocks that can be found in a tier from now on, or no more."""
+    """Blocks that can be found in a tier from now on, or no more: ``why`` says for what reason."""
 
     kind: EventKind
     tier: str
     packed_keys: bytes
+    why: RemovedWhy | None = None
 
     @property
     def keys(self) -> list[BlockKey]:
@@ -75,9 +78,9 @@ class TierEvents:
         """keys: uint8, (..., 36)."""
         self._add("stored", keys)
 
-    def removed(self, keys: NDArray[np.uint8]) -> None:
-        self._add("removed", keys)
+    def removed(self, keys: NDArray[np.uint8], why: RemovedWhy) -> None:
+        self._add("removed", keys, why)
 
-    def _add(self, kind: EventKind, keys: NDArray[np.uint8]) -> None:
+    def _add(self, kind: EventKind, keys: NDArray[np.uint8], why: RemovedWhy | None = None) -> None:
         if keys.size:
-            self._log.add(TierEvent(kind, self._tier, keys.tobytes()))
+            self._log.add(TierEvent(kind, self._tier, keys.tobytes(), why))

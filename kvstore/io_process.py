@@ -187,7 +187,7 @@ class IoProcess:
             case "stats":
                 return [asdict(stats) for stats in self._io.stats()]
             case "take_events":
-                return [(event.kind, event.tier, event.packed_keys) for event in self._io.take_events()]
+                return [(event.kind, event.tier, event.packed_keys, event.why) for event in self._io.take_events()]
             case _:
                 raise KVStoreError(f"unknown call {call.verb!r}")
 

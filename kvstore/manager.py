@@ -133,14 +133,14 @@ class TierManager:
             at = np.flatnonzero(self._table.index.contains(keys))
             locations = [self._table.find_prefix([keys[i]]) for i in at.tolist()]
             slots = np.unique(np.concatenate(locations) // self.blocks_per_chunk) if locations else at
-            self._free(self._table.drop(slots))
+            self._free(self._table.drop(slots, "purged"))
             return len(slots)
 
     def reset(self) -> int:
         """Forget everything, and whatever is on its way; returns the new epoch."""
         with self._room:
             self.epoch += 1
-            self._free(self._table.drop(self._table.ready_slots()))
+            self._free(self._table.drop(self._table.ready_slots(), "reset"))
             return self.epoch
 
     def usage(self) -> tuple[int, int, int]:

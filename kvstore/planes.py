@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -19,14 +20,18 @@ from kvstore.config import StoreConfig
 from kvstore.events import EventLog, TierEvent, TierEvents
 from kvstore.identity import INITIAL_EPOCH
 from kvstore.io_client import ProcessIo
-from kvstore.io_service import IoService, ThreadIo
+from kvstore.io_service import CLOSE_TIMEOUT_S, IoService, ThreadIo
+from kvstore.journal import Opened
+from kvstore.journal_writer import JournalWriter
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.manager import TierManager
 from kvstore.policy import make_policy
 from kvstore.promotion import Promotion, Sink
 from kvstore.slot import KeyArray, SlotCodec, SlotFormat, Slots, read_integrity_key
+from kvstore.tiers.base import TierStats
 
 _EPOCH_NBYTES: Final = 16
+_JOURNAL_EVENT_BLOCKS: Final = 1 << 16  # that wait for the journal's thread, where nobody else takes them
 
 
 class Planes:
@@ -38,14 +43,19 @@ class Planes:
 
     Attributes:
         io: None where there is no lower tier.
+        journal: None where none is written.
     """
 
     io: IoService | None
+    journal: JournalWriter | None
 
     def __init__(self, config: StoreConfig, *, shared_arena: bool = False, io: IoService | None = None) -> None:
         """Raises ConfigError: a setting is wrong, a directory holds another identity, or the
         host memory cannot be had. Nothing is left open."""
-        self.identity = config.identity
+        self.identity, self.journal, self._config = config.identity, None, config
+        self._for_others = EventLog(config.event_log_blocks)  # events that the journal has seen
+        if config.journal is not None and not config.event_log_blocks:
+            config = replace(config, event_log_blocks=_JOURNAL_EVENT_BLOCKS)
         self.fmt = SlotFormat.of(config.identity, config.blocks_per_chunk)
         codec = SlotCodec(self.fmt, read_integrity_key(config.integrity_key_file))
         num_slots = config.host.num_blocks // config.blocks_per_chunk
@@ -68,6 +78,20 @@ class Planes:
         except BaseException:
             self.arena.close()
             raise
+
+    def open_journal(self, who: str, stats: Callable[[], Iterable[TierStats]]) -> None:
+        """Begin to write the journal, where the configuration asks for one.
+
+        Args:
+            who: "TieredStore", or an engine's half.
+            stats: of all tiers; called by the journal's thread.
+        Raises:
+            ConfigError: its path cannot be used.
+        """
+        if self._config.journal is not None:
+            self.journal = JournalWriter(
+                self._config.journal, lambda: self._opened(who), self._events_for_journal, stats
+            )
 
     @property
     def host_nbytes(self) -> int:
@@ -131,6 +155,8 @@ class Planes:
                 self._lower_epoch = -1
                 self._namespace = self.identity.namespace(os.urandom(_EPOCH_NBYTES))
                 epoch = self.manager.reset()
+            if self.journal is not None:
+                self.journal.reset(self._namespace)
             if self.io is not None:
                 self.io.set_namespace(self._namespace)
             self._lower_epoch = epoch
@@ -146,11 +172,46 @@ class Planes:
 
     def take_events(self) -> list[TierEvent]:
         """What has come into host memory and the lower tiers, and gone, since the last call."""
+        if self.journal is None:
+            return self._new_events()
+        self.journal.flush()
+        return self._for_others.take()
+
+    def _new_events(self) -> list[TierEvent]:
         lower = [] if self.io is None else self.io.take_events()
         return [*self._log.take(), *lower]
 
+    def _events_for_journal(self) -> list[TierEvent]:
+        events = self._new_events()
+        if self._config.event_log_blocks:
+            for event in events:
+                self._for_others.add(event)
+        return events
+
+    def _opened(self, who: str) -> Opened:
+        config = self._config
+        capacities = {"host": self.host_nbytes}
+        if config.disk is not None:
+            nbytes = (config.disk.num_blocks or 0) // config.blocks_per_chunk * self.fmt.slot_nbytes
+            capacities["disk"] = config.disk.capacity_nbytes or nbytes
+        if config.shared is not None:
+            capacities["shared"] = config.shared.capacity_nbytes
+        return Opened(
+            t_ns=time.time_ns(),
+            pid=os.getpid(),
+            who=who,
+            namespace=self.current()[1],
+            content=dict(self.identity.content()),
+            placed=dict(self.identity.placed(config.blocks_per_chunk)),
+            capacity_nbytes=capacities,
+        )
+
     def close(self) -> None:
         """Finish write-behind, then release everything."""
+        if self.journal is not None:
+            if self.io is not None:
+                self.io.flush(time.monotonic() + CLOSE_TIMEOUT_S)
+            self.journal.close()
         if self.io is not None:
             self.io.close()
         self.arena.close()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.allocator import RunAllocator
-from kvstore.events import TierEvents
+from kvstore.events import RemovedWhy, TierEvents
 from kvstore.index import BlockIndex
 from kvstore.keys import BlockKey
 from kvstore.policy import make_policy
@@ -90,7 +90,7 @@ class SlotTable:
     def evict(self, n: int) -> Slots:
         """Take up to n unpinned ready slots away from their keys; the caller releases them."""
         slots = self.policy.evict(n, self._pinned)
-        self.unlist(slots)
+        self.unlist(slots, "evicted")
         self._ready[slots] = False
         self.evicted_slots += len(slots)
         return slots
@@ -115,14 +115,14 @@ class SlotTable:
         self._ready[slots] = True
         self.policy.insert(slots, _tags(keys))
 
-    def drop(self, slots: Slots) -> Slots:
+    def drop(self, slots: Slots, why: RemovedWhy) -> Slots:
         """Take ready slots away from their keys; slots that are not ready are passed over.
 
         Returns:
             The slots that the caller releases now. The others are pinned, and in limbo.
         """
         slots = slots[self._ready[slots]]
-        self.unlist(slots)
+        self.unlist(slots, why)
         self.policy.remove(slots)
         self._ready[slots] = False
         pinned = self._pinned[slots]
@@ -130,8 +130,8 @@ class SlotTable:
         return slots[~pinned]
 
     def hide(self) -> None:
-        """Take every key out of the index; the slots stay, to be evicted."""
-        self.unlist(self.index.slots())
+        """After a reset: take every key out of the index; the slots stay, to be evicted."""
+        self.unlist(self.index.slots(), "reset")
 
     def release(self, slots: Slots) -> None:
         """Make taken slots free."""
@@ -153,10 +153,10 @@ class SlotTable:
         self._limbo[freed] = False
         return freed
 
-    def unlist(self, slots: Slots) -> None:
+    def unlist(self, slots: Slots, why: RemovedWhy) -> None:
         """Let slots be found no more; they stay what they are."""
         if self._events is not None:
-            self._events.removed(self.index.keys_of(slots[self.index.holds(slots)]))
+            self._events.removed(self.index.keys_of(slots[self.index.holds(slots)]), why)
         self.index.remove(slots)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
@@ -25,6 +25,7 @@ from kvstore.config import StoreConfig
 from kvstore.copier import Copier
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import TierEvent
+from kvstore.journal_writer import PromptLookup, tenant_digest
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.planes import Planes
 from kvstore.slot import Slots
@@ -66,6 +67,7 @@ class TieredStore:
         self._closed = False
         try:
             self._device = DeviceTier(config.device, self.layout) if config.device is not None else None
+            self._planes.open_journal(type(self).__name__, self._tier_stats)
         except BaseException:
             self._planes.close()
             raise
@@ -129,12 +131,20 @@ class TieredStore:
             hit += found
         return hit
 
-    def get(self, keys: Sequence[BlockKey], out: torch.Tensor, *, first_block: int = 0) -> int:
+    def get(
+        self,
+        keys: Sequence[BlockKey],
+        out: torch.Tensor,
+        *,
+        first_block: int = 0,
+        sources: dict[str, int] | None = None,
+    ) -> int:
         """Load the leading blocks of ``keys[first_block:]`` into out.
 
         Args:
             keys: as for `put`.
             out: shape (n, *layout.block_shape), contiguous; up to n blocks are loaded.
+            sources: how many blocks each tier had is added to these.
         Returns:
             How many leading blocks were loaded; what lies behind them in out is undefined.
         Raises:
@@ -148,12 +158,14 @@ class TieredStore:
         wanted = keys[first_block : first_block + len(out)]
         done = 0
         while done < len(wanted) and time.monotonic() < deadline:
-            loaded = self._device.get(wanted[done:], out[done:]) if self._device is not None else 0
+            loaded, tier = self._device.get(wanted[done:], out[done:]) if self._device is not None else 0, "device"
             if not loaded:
-                loaded = self._get_from_below(wanted[done:], out[done:], deadline)
+                loaded, tier = self._get_from_below(wanted[done:], out[done:], deadline)
             if not loaded:
                 break
             done += loaded
+            if sources is not None:
+                sources[tier] = sources.get(tier, 0) + loaded
         self._count(miss_blocks=len(wanted) - done)
         return done
 
@@ -203,6 +215,34 @@ class TieredStore:
         lower = [] if self._planes.io is None else self._planes.io.stats()
         return StoreStats({stats.name: replace(stats) for stats in (*upper, host, *lower)})
 
+    def asked(
+        self,
+        keys: Sequence[BlockKey],
+        hits: Mapping[str, int],
+        *,
+        request_id: str = "",
+        tenant: str = "",
+        adapter_digest: bytes = b"",
+        num_tokens: int = 0,
+        waited_s: float = 0.0,
+    ) -> None:
+        """Note in the journal that a request asked for a prompt; nothing where no journal is written.
+
+        What a request is only its server knows, so `get` does not note it.
+
+        Args:
+            keys: of all full blocks of the prompt.
+            hits: leading blocks by the tier that had them: what `get` has added to ``sources``.
+            tenant: its salt; the journal has a digest of it.
+        """
+        if self._planes.journal is not None:
+            self._planes.journal.asked(
+                PromptLookup(
+                    keys=keys, hits=hits, request_id=request_id, tenant=tenant_digest(tenant),
+                    adapter=adapter_digest.hex()[:64], num_tokens=num_tokens, waited_s=waited_s,
+                )
+            )  # fmt: skip
+
     def take_events(self) -> list[TierEvent]:
         """What has come into host memory and the lower tiers, and gone, since the last call.
 
@@ -230,6 +270,9 @@ class TieredStore:
         self.close()
 
     # -- inside
+
+    def _tier_stats(self) -> Iterable[TierStats]:
+        return self.stats().tiers.values()
 
     def _put_chunks(
         self,
@@ -270,15 +313,17 @@ class TieredStore:
         nbytes = len(slots) * self._fmt.payload_nbytes
         self._count(written_nbytes=nbytes, write_s=time.monotonic() - start)
 
-    def _get_from_below(self, keys: Sequence[BlockKey], out: torch.Tensor, deadline: float) -> int:
-        """Load leading blocks from host memory, else from the lower tiers; the device keeps them."""
+    def _get_from_below(self, keys: Sequence[BlockKey], out: torch.Tensor, deadline: float) -> tuple[int, str]:
+        """Load leading blocks from host memory, else from the lower tiers; the device keeps them. Which tier had
+        them comes second."""
         device_epoch = self._device.epoch if self._device is not None else 0
-        loaded = self._get_from_host(keys, out)
+        loaded, tier = self._get_from_host(keys, out), "host"
         if not loaded and (promotion := self._planes.promotion(self._copier)) is not None:
-            loaded = promotion.run(keys, out, deadline)
+            found = promotion.find(keys)
+            loaded, tier = promotion.load(found, keys, out, deadline), found.tier
         if loaded and self._device is not None:
             self._device.put(keys[:loaded], out[:loaded], device_epoch)
-        return loaded
+        return loaded, tier
 
     def _get_from_host(self, keys: Sequence[BlockKey], out: torch.Tensor) -> int:
         lease = self._manager.prepare_load(keys)

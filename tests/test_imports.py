@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kvstore", "connectors", "tools")
 LAYERS = {
     "what things are": "errors layout byte_layout identity keys events config config_source",
-    "bytes": "slot stored_format direct_io arena jobs copier",
+    "bytes": "slot stored_format direct_io arena jobs copier journal",
     "who holds what": "allocator index policy slot_table",
     "tiers": "tiers",
-    "decisions": "manager promotion write_behind io_messages io_service io_connection io_client io_process planes store"
-    " lookup_buffer metrics",
-    "for others": "prefix_file export testing",
+    "decisions": "manager promotion write_behind journal_writer io_messages io_service io_connection io_client"
+    " io_process planes store lookup_buffer metrics",
+    "for others": "prefix_file export journal_view testing",
 }
 # The control plane knows keys and slots and never touches payload.
 CONTROL_PLANE = "allocator index policy slot_table manager"

@@ -24,7 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from connectors.base import SchedulerHalf, Stripe, WorkerHalf
+from connectors.base import Asker, SchedulerHalf, Stripe, WorkerHalf
 from connectors.offloading import OffloadingScheduler, OffloadingWorker
 from connectors.shared_storage import SharedStorageScheduler
 from connectors.tier_sampler import TierSampler
@@ -191,6 +191,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: Request) -> None:
         state = self._state(request)
+        asker = Asker(
+            request_id=request.request_id, tenant=request.cache_salt or "", adapter=state.keys.adapter or b"",
+            num_tokens=request.num_prompt_tokens,
+        )  # fmt: skip
+        self.scheduler.asked(asker, state.keys.of_blocks(0, len(state.keys)))
         keys = state.keys.loadable(0)
         if self._kv_transfer_config.is_kv_consumer and keys[0]:
             state.expected = self.scheduler.expect(request.request_id, keys, self._told(request.kv_transfer_params))

@@ -66,18 +66,21 @@ class RequestKeys:
     Args:
         adapter: `AdapterDigests.of` its adapter. With None there are no keys at all: what cannot
             be named is neither stored nor loaded.
+
+    Attributes:
+        adapter: as given.
     """
 
     def __init__(self, request: Request, block_size: int, num_groups: int, adapter: bytes | None) -> None:
         self._request, self._block_size = request, block_size
         self._keys: list[list[BlockKey]] = [[] for _ in range(num_groups)]
-        self._adapter = adapter
+        self.adapter = adapter
         salt = (request.cache_salt or "").encode()
-        self._parent = hashlib.sha256(_ROOT + (self._adapter or b"") + salt).digest()
+        self._parent = hashlib.sha256(_ROOT + (self.adapter or b"") + salt).digest()
 
     def __len__(self) -> int:
         """Blocks."""
-        if self._adapter is None:
+        if self.adapter is None:
             return 0
         for i in range(len(self._keys[0]), len(self._request.block_hashes)):
             block_hash = self._hash(i)
@@ -95,10 +98,10 @@ class RequestKeys:
 
     def _hash(self, i: int) -> bytes:
         block_hash = bytes(self._request.block_hashes[i])
-        if not self._adapter:
+        if not self.adapter:
             return block_hash
         if self._request.mm_features or self._request.prompt_embeds is not None:  # a session may get them later
-            return hashlib.sha256(block_hash + self._adapter).digest()
+            return hashlib.sha256(block_hash + self.adapter).digest()
         tokens = self._request.all_token_ids[i * self._block_size : (i + 1) * self._block_size]
         self._parent = hashlib.sha256(self._parent + np.asarray(tokens, dtype="<i8").tobytes()).digest()
         return self._parent

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from kvstore.config import DiskTierConfig, HostTierConfig, SharedTierConfig, StoreConfig
+from kvstore.config import DiskTierConfig, HostTierConfig, JournalConfig, SharedTierConfig, StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.identity import KVIdentity
 from kvstore.slot import SlotFormat
@@ -25,6 +25,8 @@ _NAMES: Final = {  # of a store's settings, as they are called here
     "disk.eviction_policy": "eviction_policy",
     "shared.path": "shared_storage_path",
     "shared.capacity_nbytes": "shared_capacity_bytes",
+    "journal.path": "journal_path",
+    "journal.capacity_nbytes": "journal_capacity_bytes",
 }
 
 
@@ -61,6 +63,8 @@ class Settings:
     integrity_key_file: str | None = None
     load_timeout_s: float = 5.0
     model_revision: str | None = None
+    journal_path: str | None = None
+    journal_capacity_bytes: int = 64 << 20
 
     @classmethod
     def of(cls, extra: Mapping[str, Any], required: tuple[str, ...], excluded: tuple[str, ...] = ()) -> Self:
@@ -113,6 +117,9 @@ class Settings:
         if self.shared_storage_path is not None:
             assert self.shared_capacity_bytes is not None
             shared = SharedTierConfig(path=self.shared_storage_path, capacity_nbytes=self.shared_capacity_bytes)
+        journal = None
+        if self.journal_path is not None:
+            journal = JournalConfig(path=self.journal_path, capacity_nbytes=self.journal_capacity_bytes)
         return StoreConfig(
             identity=identity,
             host=HostTierConfig(num_blocks=num_host_blocks, eviction_policy=self.eviction_policy),
@@ -123,6 +130,7 @@ class Settings:
             put_timeout_s=0.0,
             load_timeout_s=self.load_timeout_s,
             integrity_key_file=self.integrity_key_file,
+            journal=journal,
             event_log_blocks=event_log_blocks,
         )
 

@@ -95,13 +95,15 @@ class DeviceTier:
         """Forget these blocks."""
         with self._lock:
             found = [self._table.find_prefix([key]) for key in keys]
-            self._table.release(self._table.drop(np.unique(np.concatenate([*found, np.empty(0, dtype=np.int64)]))))
+            self._table.release(
+                self._table.drop(np.unique(np.concatenate([*found, np.empty(0, dtype=np.int64)])), "purged")
+            )
 
     def reset(self) -> None:
         """Forget everything, and whatever is on its way."""
         with self._lock:
             self.epoch += 1
-            self._table.release(self._table.drop(self._table.ready_slots()))
+            self._table.release(self._table.drop(self._table.ready_slots(), "reset"))
 
     def stats(self) -> TierStats:
         with self._lock:

@@ -69,7 +69,7 @@ class DiskView:
         """Let these keys be found no more; their chunks stay where they are."""
         with self._lock:
             for i in np.flatnonzero(self.table.index.contains(keys)).tolist():
-                self.table.unlist(self.table.find_prefix([keys[i]]) // self.table.blocks_per_chunk)
+                self.table.unlist(self.table.find_prefix([keys[i]]) // self.table.blocks_per_chunk, "purged")
 
     def pin_current(self, slots: Slots, generations: NDArray[np.uint64]) -> Pins:
         """Pin those slots that still hold these generations, in the namespace in effect."""
@@ -94,7 +94,9 @@ class DiskView:
         corrupt = on_disk.at(on_disk.generations == generations[np.searchsorted(slots, on_disk.slots)])
         with self._lock:
             mine = self.generations[slots] == generations
-            self.table.release(self.table.drop(slots[mine]))
+            are_corrupt = np.isin(slots, corrupt.slots)
+            self.table.release(self.table.drop(slots[mine & are_corrupt], "corrupt"))
+            self.table.release(self.table.drop(slots[mine & ~are_corrupt], "by_other"))
             self._doomed.append(corrupt)
         return len(corrupt)
 
@@ -141,7 +143,7 @@ class DiskView:
     def withdraw(self, slots: Slots) -> Slots:
         """Take ready slots away from their keys; returns those to `release`. Pinned ones wait in limbo."""
         with self._lock:
-            return self.table.drop(slots)
+            return self.table.drop(slots, "purged")
 
     def make_room(self, n: int, least: int) -> Records:
         """Evict where fewer than n slots are free, at least ``least`` at once; they stay taken."""
@@ -183,7 +185,7 @@ class DiskView:
         current = np.zeros(len(slots), dtype=np.uint64)
         current[np.searchsorted(slots, records.slots)] = records.generations
         stale = slots[self.table.is_ready(slots) & (self.generations[slots] != current)]
-        self.table.release(self.table.drop(stale))
+        self.table.release(self.table.drop(stale, "by_other"))
         kept = self.table.is_ready(records.slots) & (self.generations[records.slots] == records.generations)
         missing = records.at(~kept)
         taken = np.isin(missing.slots, self.table.allocator.take(missing.slots))

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.config import SharedTierConfig
-from kvstore.events import TierEvents
+from kvstore.events import RemovedWhy, TierEvents
 from kvstore.identity import KVIdentity
 from kvstore.jobs import IoPool, NothingRead, ReadJob
-from kvstore.keys import BlockKey
+from kvstore.keys import BlockKey, keys_to_array
 from kvstore.slot import Rows, SlotCodec, Slots
 from kvstore.tiers.base import FoundChunks, LowerTier, SealedChunks, TierStats
 from kvstore.tiers.chunk_file import FileFormat, file_format
@@ -174,6 +174,7 @@ class SharedTier(LowerTier):
                 others = self._reader.trailer_keys(self._tree.path_of(namespace, key), fmt)
                 purged += self._reader.drop(Place(namespace, inode, 0, (key,)), inode, [key, *others]) > 0
                 self._lookup.forget(namespace, [key, *others])
+                self._tell_removed([key, *others], "purged")
         except OSError as e:
             self._write_failed(e)
         return purged
@@ -221,6 +222,8 @@ class SharedTier(LowerTier):
 
     def on_miss(self, reason: str, place: Place) -> None:
         self._lookup.forget(place.namespace, place.keys)
+        if reason == "corrupt" and place.namespace == self._namespace:
+            self._tell_removed(place.keys, "corrupt")
         with self._lock:
             self._stats.miss_blocks += len(place.keys)
             reasons = self._stats.misses_by_reason
@@ -250,6 +253,14 @@ class SharedTier(LowerTier):
             self._stats.late_chunks += num_late
 
     # -- inside
+
+    def _on_gc(self, namespace: str, name: str) -> None:
+        if namespace == self._namespace.hex():
+            self._tell_removed([BlockKey.parse(name.removesuffix(".safetensors"))], "evicted")
+
+    def _tell_removed(self, keys: Sequence[BlockKey], why: RemovedWhy) -> None:
+        if self._events is not None:
+            self._events.removed(keys_to_array(keys), why)
 
     def _usable(self) -> bool:
         """Whether to ask the file system; looks for the root again where it is time to try."""
@@ -294,6 +305,7 @@ class SharedTier(LowerTier):
                 now=time.time() if now is None else now,
                 target_nbytes=capacity - capacity // _GC_SLACK if target is None else target,
                 stop=stop,
+                on_removed=self._on_gc,
             )
         except OSError as e:
             self.on_error(e)

@@ -51,6 +51,7 @@ class GcReport:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     folder_fd: int
+    namespace: str
     name: str
     status: os.stat_result
 
@@ -107,6 +108,7 @@ def collect_garbage(
     now: float,
     target_nbytes: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    on_removed: Callable[[str, str], None] = lambda namespace, name: None,
 ) -> GcReport:
     """Remove what is too old; then, over capacity, the oldest down to ``target_nbytes``.
 
@@ -114,10 +116,11 @@ def collect_garbage(
         now: in `time.time` seconds; what is older than this less ``max_age_s`` goes.
         target_nbytes: default: the capacity.
         stop: asked once a folder; True ends the run early.
+        on_removed: told of each chunk's name that has gone, and its namespace, in hex.
     Raises:
         OSError: the path itself can't be read. What lies below it is counted in ``errors``.
     """
-    run = _Run(GcReport(), now, stop)
+    run = _Run(GcReport(), now, stop, on_removed)
     ages = run.measure(path, float("-inf") if max_age_s is None else now - max_age_s)
     target = capacity_nbytes if target_nbytes is None else target_nbytes
     if run.report.nbytes > capacity_nbytes and not run.report.stopped:
@@ -128,8 +131,10 @@ def collect_garbage(
 
 
 class _Run:
-    def __init__(self, report: GcReport, now: float, stop: Callable[[], bool]) -> None:
-        self.report, self._now, self._stop = report, now, stop
+    def __init__(
+        self, report: GcReport, now: float, stop: Callable[[], bool], on_removed: Callable[[str, str], None]
+    ) -> None:
+        self.report, self._now, self._stop, self._on_removed = report, now, stop, on_removed
 
     def measure(self, path: str, oldest: float) -> AgeHistogram:
         """Add up everything; what was last used before ``oldest`` is removed on the way."""
@@ -206,7 +211,7 @@ class _Run:
 
     def _entries(self, path: str) -> Iterator[_Entry]:
         """Chunks and temporary files of every namespace, a folder at a time."""
-        for folder in self._folders(path):
+        for namespace, folder in self._folders(path):
             if self._stop():
                 self.report.stopped = True
                 return
@@ -217,9 +222,9 @@ class _Run:
                     with contextlib.suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
                         if not stat.S_ISDIR(status.st_mode):
-                            yield _Entry(folder, entry.name, status)
+                            yield _Entry(folder, namespace, entry.name, status)
 
-    def _folders(self, path: str) -> Iterator[int]:
+    def _folders(self, path: str) -> Iterator[tuple[str, int]]:
         with _opened(path) as root:
             for namespace in _subfolders(root, NAMESPACE_NAME):
                 with self._entered(namespace, root) as top:
@@ -228,7 +233,7 @@ class _Run:
                             for fan_out in _subfolders(placed, FAN_OUT_NAME):
                                 with self._entered(fan_out, placed) as folder:
                                     if folder is not None:
-                                        yield folder
+                                        yield namespace, folder
 
     @contextlib.contextmanager
     def _entered(self, name: str, parent: int | None) -> Iterator[int | None]:
@@ -252,6 +257,7 @@ class _Run:
             return False
         self.report.removed_names += 1
         self.report.removed_nbytes += entry.freed_nbytes
+        self._on_removed(entry.namespace, entry.name)
         return True
 
     def _unlink(self, entry: _Entry) -> bool:
