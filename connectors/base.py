@@ -55,6 +55,9 @@ class SchedulerHalf(ABC):
     def begin(self, request_id: str, keys: Keys) -> None:  # noqa: B027 - a half may have nothing to prepare
         """A new request has come, which will ask for these."""
 
+    def not_needed(self, request_id: str) -> None:  # noqa: B027 - a half that keeps no journal
+        """Instead of `lookup`: the engine itself has all of the prompt that could be loaded."""
+
     @abstractmethod
     def lookup(self, request_id: str, keys: Keys, *, expected: int = 0) -> int | None:
         """Leading blocks that can be loaded in this step, for certain; None: ask again.
@@ -105,8 +108,9 @@ class SchedulerHalf(ABC):
             wait_s: an engine with nothing else to do waits so long for what it was told to ask for again.
         """
 
-    def touch(self, keys: Keys) -> None:  # noqa: B027 - a half without a policy
-        """A request that used, or stored, these is over: note it, so that a prefix's tail leaves before its head."""
+    def ended(self, request_id: str, keys: Keys) -> None:  # noqa: B027 - a half without a policy
+        """A request that used, or stored, these is over: note it, so that a prefix's tail leaves before its head.
+        Told before `forget`."""
 
     def failed(self, numbers: Sequence[int]) -> None:  # noqa: B027 - a half whose workers cannot fail
         """These jobs have failed at a worker, which is told before the last report of each: of a store, that

@@ -48,8 +48,8 @@ class MultiScheduler(SchedulerHalf):
         self._loaded: dict[str, set[BlockKey]] = {}  # by request, until it is forgotten; of the first group
         self._holders: Counter[BlockKey] = Counter()  # requests that have loaded a block
 
-    def touch(self, keys: Keys) -> None:
-        self._each(lambda _, child: child.touch(keys))
+    def ended(self, request_id: str, keys: Keys) -> None:
+        self._each(lambda _, child: child.ended(request_id, keys))
 
     def begin(self, request_id: str, keys: Keys) -> None:
         self._each(lambda _, child: child.begin(request_id, keys))
@@ -60,6 +60,9 @@ class MultiScheduler(SchedulerHalf):
 
     def asked(self, asker: Asker, keys: Keys) -> None:
         self._each(lambda _, child: child.asked(asker, keys))
+
+    def not_needed(self, request_id: str) -> None:
+        self._each(lambda _, child: child.not_needed(request_id))
 
     def hand_over(self, keys: Keys, params: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """All that the children have to say; each has a field of its own."""

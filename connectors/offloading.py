@@ -102,7 +102,8 @@ class OffloadingScheduler(SchedulerHalf):
         self._known_failures: list[int] = []
         self._filling: set[BlockKey] = set()  # keys of open store jobs
         self._host = TierStats(name="host")
-        self._asked: dict[str, _Asked] = {}
+        self._askers: dict[str, Asker] = {}  # of requests that are not over
+        self._asked: dict[str, _Asked] = {}  # that the journal has not heard of yet
         try:
             self._planes.open_journal(type(self).__name__, self._tier_stats)
         except BaseException:
@@ -113,6 +114,7 @@ class OffloadingScheduler(SchedulerHalf):
 
     def asked(self, asker: Asker, keys: Keys) -> None:
         if self._planes.journal is not None:
+            self._askers[asker.request_id] = asker
             self._asked[asker.request_id] = _Asked(asker, keys[0], time.monotonic(), time.time_ns())
 
     def begin(self, request_id: str, keys: Keys) -> None:
@@ -140,6 +142,9 @@ class OffloadingScheduler(SchedulerHalf):
         promised = self._promise(request_id, keys, n)
         self._note(request_id, promised, len(keys[0]))
         return promised
+
+    def not_needed(self, request_id: str) -> None:
+        self._note(request_id, 0, 0)
 
     def load(self, request_id: str, blocks: Blocks) -> None:
         """Take the leading blocks of what was promised into these blocks of the engine's cache.
@@ -195,7 +200,10 @@ class OffloadingScheduler(SchedulerHalf):
         self._loads, self._stores, self._known_failures = [], [], []
         return step
 
-    def touch(self, keys: Keys) -> None:
+    def ended(self, request_id: str, keys: Keys) -> None:
+        asker = self._askers.get(request_id)
+        if asker is not None and self._planes.journal is not None:
+            self._planes.journal.ended(keys[0], asker.request_id, tenant_digest(asker.tenant))
         for of_group in keys:
             self._manager.touch(of_group)
 
@@ -223,6 +231,7 @@ class OffloadingScheduler(SchedulerHalf):
     def forget(self, request_id: str) -> None:
         """The request is over: finished, aborted, or refused."""
         self._note(request_id, 0, None)
+        self._askers.pop(request_id, None)
         self._lookups.forget(request_id)
         self._break_promise(request_id)
 

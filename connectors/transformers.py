@@ -239,6 +239,7 @@ class PrefixCache:
         sequence.ids_1t = result if isinstance(result, torch.Tensor) else result.sequences
         sequence.keys = self._keys(sequence.ids_1t)
         self._put(sequence)
+        self._store.ended(sequence.keys[: sequence.stored_blocks], request_id=request_id, tenant=self._tenant)
         return result
 
     # -- loading and storing

@@ -95,6 +95,19 @@ class Asked(Record, tag="a", frozen=True, array_like=True, kw_only=True):
     is_late: bool
 
 
+class Ended(Record, tag="e", frozen=True, array_like=True, kw_only=True):
+    """A request is over, and these of its blocks were stored: its prompt's, and those of what was generated.
+
+    Attributes:
+        parent, hashes: see `Asked`.
+    """
+
+    request: _Text
+    tenant: _Digest
+    parent: Annotated[bytes, msgspec.Meta(max_length=BLOCK_HASH_NBYTES)]
+    hashes: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD_NBYTES)]
+
+
 class Moved(Record, tag="m", frozen=True, array_like=True, kw_only=True):
     """Blocks that a tier has from now on, or no more.
 
@@ -120,6 +133,10 @@ class Sample(Record, tag="s", frozen=True, array_like=True, kw_only=True):
     tiers: Annotated[dict[_Name, _Numbers], msgspec.Meta(max_length=16)]
 
 
+class Closed(Record, tag="c", frozen=True, array_like=True, kw_only=True):
+    """The process has closed its store; what was in its memory is gone."""
+
+
 class Lost(Record, tag="l", frozen=True, array_like=True, kw_only=True):
     """What the writer could not keep up with since its last record."""
 
@@ -127,7 +144,7 @@ class Lost(Record, tag="l", frozen=True, array_like=True, kw_only=True):
     blocks: _Count
 
 
-AnyRecord = Opened | Asked | Moved | Reset | Sample | Lost
+AnyRecord = Opened | Asked | Ended | Moved | Reset | Sample | Closed | Lost
 _DECODER: Final = msgspec.msgpack.Decoder(AnyRecord)
 _ENCODER: Final = msgspec.msgpack.Encoder()
 

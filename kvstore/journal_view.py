@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from kvstore.journal import Asked, JournalReader, Lost, Moved, Opened, Reset, Sample
+from kvstore.journal import Asked, Closed, Ended, JournalReader, Lost, Moved, Opened, Reset, Sample
 from kvstore.keys import BLOCK_HASH_NBYTES, KEY_NBYTES
 
 MAX_NODES: Final = 1 << 22
@@ -20,6 +20,7 @@ MAX_REQUESTS: Final = 1 << 20
 MAX_MOVES: Final = 1 << 22
 MAX_SAMPLES: Final = 1 << 18
 NO_NODE: Final = -1
+_SILENT_NS: Final = 60 * 10**9  # samples come more often
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The last that happened to a block in a tier; ``why`` is empty where it came in."""
+    """The last that happened to a block in a tier, as one process tells it; ``why`` is empty where it came in."""
 
     t_ns: int
     why: str
+    pid: int
 
 
 @dataclass(slots=True)
@@ -69,8 +71,10 @@ class _Writer:
 class JournalView:
     """Attributes:
     hashes, parents, depths: by node: block hash, node before it, blocks up to and with it.
+    ends: (request id, tenant, last node) of requests that are over; of their prompts, and of what they generated.
     moves: (tier, packed key) -> the last move.
     samples: (time, writer's process, numbers by tier).
+    seen_ns: process -> its last record; closed: processes that have closed their store since they opened it.
     num_lost: requests that writers could not keep up with.
     """
 
@@ -78,6 +82,7 @@ class JournalView:
     opened: list[Opened] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     samples: list[tuple[int, int, dict[str, dict[str, float]]]] = field(default_factory=list)
+    ends: list[tuple[str, str, int]] = field(default_factory=list)
     resets: list[tuple[int, bytes]] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -86,7 +91,8 @@ class JournalView:
     first_ns: int = 0
     last_ns: int = 0
     num_lost: int = 0
-    num_orphans: int = 0
+    seen_ns: dict[int, int] = field(default_factory=dict)
+    closed: set[int] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     _nodes: dict[bytes, int] = field(default_factory=dict)
 
@@ -131,6 +137,25 @@ class JournalView:
         exact = [request for request in self.requests if request.request_id == request_id]
         return exact or [request for request in self.requests if request.request_id.startswith(request_id)]
 
+    def hashes_of(self, request_id: str) -> list[bytes]:
+        """Of the last request of this id: its prompt's blocks and, once it is over, those of what it generated."""
+        found = self.requests_of(request_id)
+        if not found:
+            return []
+        whole = found[-1].request_id
+        end = next((node for name, _, node in reversed(self.ends) if name == whole), NO_NODE)
+        return max(self.path_to(found[-1].last), self.path_to(end), key=len)
+
+    def hashes_of_tenant(self, tenant: str) -> set[bytes]:
+        """Of all blocks that a tenant's requests asked for, or stored; ``tenant`` as in `Request`."""
+        seen: set[int] = set()
+        lasts = [request.last for request in self.requests if request.tenant == tenant]
+        for node in (*lasts, *(node for _, name, node in self.ends if name == tenant)):
+            while node != NO_NODE and node not in seen:
+                seen.add(node)
+                node = self.parents[node]
+        return {self.hashes[node] for node in seen}
+
     def hits_by_node(self) -> list[int]:
         """How often each block was a hit."""
         return self._up([(request.last, request.num_hits) for request in self.requests])
@@ -145,6 +170,10 @@ class JournalView:
 
     def move_of(self, tier: str, key: bytes) -> Move | None:
         return self.moves.get((tier, key))
+
+    def has_ended(self, pid: int) -> bool:
+        """Whether a process is gone, as far as the journal tells: it said so, or was silent while others wrote."""
+        return pid in self.closed or self.last_ns - self.seen_ns.get(pid, 0) > _SILENT_NS
 
     def tiers(self) -> list[str]:
         """That anything is known of, from the top."""
@@ -166,10 +195,17 @@ class JournalView:
         return counts[:-1]
 
     def _add(self, writers: dict[str, _Writer], segment: str, record: Any) -> None:
+        if segment in writers:
+            self.seen_ns[writers[segment].opened.pid] = record.t_ns
         match record:
             case Opened():
                 writers[segment] = _Writer(record, record.namespace)
                 self.opened.append(record)
+                self.seen_ns[record.pid] = record.t_ns
+                self.closed.discard(record.pid)
+            case Closed():
+                if segment in writers:
+                    self.closed.add(writers[segment].opened.pid)
             case Reset():
                 if segment in writers:
                     writers[segment].namespace = record.namespace
@@ -180,29 +216,36 @@ class JournalView:
                 if len(self.samples) < MAX_SAMPLES and segment in writers:
                     self.samples.append((record.t_ns, writers[segment].opened.pid, record.tiers))
             case Moved():
-                move = Move(record.t_ns, record.why)
+                pid = writers[segment].opened.pid if segment in writers else 0
+                move = Move(record.t_ns, record.why, pid)
                 for at in range(0, len(record.keys) - KEY_NBYTES + 1, KEY_NBYTES):
                     key = record.tier, record.keys[at : at + KEY_NBYTES]
                     if len(self.moves) < MAX_MOVES or key in self.moves:
                         self.moves[key] = move
             case Asked():
                 self._add_request(record, writers.get(segment))
+            case Ended() if len(self.ends) < MAX_REQUESTS:
+                self.ends.append((record.request, record.tenant, self._last(record)))
 
     def _add_request(self, asked: Asked, writer: _Writer | None) -> None:
         if writer is None or len(self.requests) >= MAX_REQUESTS:
             return
-        node = self._nodes.get(asked.parent, NO_NODE)
-        if asked.parent and node == NO_NODE:
-            self.num_orphans += 1
-        else:
-            for at in range(0, len(asked.hashes) - BLOCK_HASH_NBYTES + 1, BLOCK_HASH_NBYTES):
-                node = self._child(node, asked.hashes[at : at + BLOCK_HASH_NBYTES])
+        node = self._last(asked)
         self.requests.append(
             Request(
                 asked.t_ns, asked.request, asked.tenant, asked.adapter, writer.namespace, asked.num_tokens,
                 self.depths[node] if node != NO_NODE else 0, node, asked.hits, asked.waited_s, asked.is_late,
             )
         )  # fmt: skip
+
+    def _last(self, record: Asked | Ended) -> int:
+        """Node of the last block; those before it are made."""
+        node = self._nodes.get(record.parent, NO_NODE)
+        if record.parent and node == NO_NODE:  # the segment's beginning could not be read
+            return NO_NODE
+        for at in range(0, len(record.hashes) - BLOCK_HASH_NBYTES + 1, BLOCK_HASH_NBYTES):
+            node = self._child(node, record.hashes[at : at + BLOCK_HASH_NBYTES])
+        return node
 
     def _child(self, parent: int, block_hash: bytes) -> int:
         node = self._nodes.get(block_hash)

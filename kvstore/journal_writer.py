@@ -31,6 +31,8 @@ from kvstore.journal import (
     SUFFIX,
     AnyRecord,
     Asked,
+    Closed,
+    Ended,
     Lost,
     Moved,
     Opened,
@@ -63,6 +65,7 @@ class PromptLookup:
     """One request's prompt, and what was found of it.
 
     Attributes:
+        is_end: the request is over, and keys are those of all that it has stored; what was found means nothing.
         keys: of all its full blocks, of one KV cache group, from the first on; not changed any more.
         tenant: `tenant_digest` of its salt.
         adapter: digest of the adapter's content, in hex.
@@ -77,6 +80,7 @@ class PromptLookup:
     hits: Mapping[str, int] = field(default_factory=dict)
     waited_s: float = 0.0
     is_late: bool = False
+    is_end: bool = False
     t_ns: int = field(default_factory=time.time_ns)
 
 
@@ -124,6 +128,10 @@ class JournalWriter:
             self._waiting.append(lookup)
             self._waiting_blocks += len(lookup.keys)
 
+    def ended(self, keys: Sequence[BlockKey], request_id: str, tenant: str) -> None:
+        """Note what a request that is over has stored; ``tenant``: its digest."""
+        self.asked(PromptLookup(keys=keys, request_id=request_id, tenant=tenant, is_end=True))
+
     def reset(self, namespace: bytes) -> None:
         """Note that what follows is of another namespace."""
         with self._lock:
@@ -159,13 +167,13 @@ class JournalWriter:
         while not self._stop.wait(_INTERVAL_S):
             self._write_all()
         self._sampled_at = float("-inf")  # the last state is worth a sample
-        self._write_all()
+        self._write_all(Closed(t_ns=time.time_ns()))
         self._end_segment()
 
-    def _write_all(self) -> None:
+    def _write_all(self, *last: AnyRecord) -> None:
         with self._writing:
             try:
-                records = list(self._records())
+                records = [*self._records(), *last]
                 if records and self._health.allow():
                     self._write(records)
                     self._health.recover()
@@ -209,18 +217,21 @@ class JournalWriter:
             self._nbytes += n
             data = data[n:]
 
-    def _asked(self, lookup: PromptLookup) -> Asked:
+    def _asked(self, lookup: PromptLookup) -> Asked | Ended:
         hashes = [bytes(key[:BLOCK_HASH_NBYTES]) for key in lookup.keys[:MAX_HASHES]]
         n = next((i for i, block_hash in enumerate(hashes) if block_hash not in self._known), len(hashes))
         self._known.update(hashes[n:])
+        parent, new, request = hashes[n - 1] if n else b"", b"".join(hashes[n:]), lookup.request_id[:MAX_TEXT]
+        if lookup.is_end:
+            return Ended(t_ns=lookup.t_ns, request=request, tenant=lookup.tenant, parent=parent, hashes=new)
         return Asked(
             t_ns=lookup.t_ns,
-            request=lookup.request_id[:MAX_TEXT],
+            request=request,
             tenant=lookup.tenant,
             adapter=lookup.adapter,
             num_tokens=lookup.num_tokens,
-            parent=hashes[n - 1] if n else b"",
-            hashes=b"".join(hashes[n:]),
+            parent=parent,
+            hashes=new,
             hits=dict(lookup.hits),
             waited_s=max(0.0, lookup.waited_s),
             is_late=lookup.is_late,

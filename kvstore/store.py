@@ -243,6 +243,11 @@ class TieredStore:
                 )
             )  # fmt: skip
 
+    def ended(self, keys: Sequence[BlockKey], *, request_id: str = "", tenant: str = "") -> None:
+        """Note in the journal that a request is over, and that these of its blocks, from the first on, were stored."""
+        if self._planes.journal is not None:
+            self._planes.journal.ended(keys, request_id, tenant_digest(tenant))
+
     def take_events(self) -> list[TierEvent]:
         """What has come into host memory and the lower tiers, and gone, since the last call.
 

@@ -439,7 +439,7 @@ def test_of_a_prompt_the_tail_leaves_before_the_head() -> None:
         assert engine.lookup("r", keys) == 3
         engine.store(keys[3:], range(3, 6))
         engine.step()
-        engine.scheduler.touch(engine.of_groups(keys))
+        engine.scheduler.ended("", engine.of_groups(keys))
         engine.store(others, range(6, 10))
         engine.step()
         assert engine.lookup("again", keys) == 4

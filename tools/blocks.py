@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from connectors.vllm_block_hash import prompt_keys as vllm_keys
 from kvstore.byte_layout import blocks_of
 from kvstore.errors import ConfigError, KeyFormatError, KVStoreError
 from kvstore.keys import KEY_NBYTES, BlockKey, hash_blocks
@@ -70,11 +71,14 @@ class Choice:
         Raises:
             ConfigError: the prompt is none, or its keys are made by an engine.
         """
+        tokens = self._tokens()
+        if fmt.byte_layout.partition(" ")[0] == "vllm":
+            algorithm, seed = str(fmt.content.get("hash_algorithm")), str(fmt.content.get("hash_seed"))
+            return vllm_keys(tokens, fmt.layout.block_size, algorithm=algorithm, seed=seed, salt=self.tenant)
         if fmt.byte_layout != _OWN_LAYOUT:
             raise ConfigError(
                 f"--tokens, --text: {fmt.byte_layout.split()[0]!r} makes its keys itself; give --key or --keys"
             )
-        tokens = self._tokens()
         return hash_blocks(tokens, fmt.layout.block_size, fmt.identity(), tenant=self.tenant)
 
     def _tokens(self) -> list[int]:

@@ -41,7 +41,7 @@ class _ReadOnly:
 
     def __init__(self, store: TieredStore) -> None:
         self.identity, self.layout, self.blocks_per_chunk = store.identity, store.layout, store.blocks_per_chunk
-        self.prefix_hit, self.get, self.asked = store.prefix_hit, store.get, store.asked
+        self.prefix_hit, self.get, self.asked, self.ended = store.prefix_hit, store.get, store.asked, store.ended
 
     def put(self, keys: Sequence[BlockKey], blocks: torch.Tensor, *, first_block: int = 0) -> int:
         return 0

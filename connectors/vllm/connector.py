@@ -208,6 +208,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         state.first = num_computed_tokens // self._block_size
         keys = state.keys.loadable(state.first)
         if not keys[0]:
+            self.scheduler.not_needed(request.request_id)
             return 0, False
         found = self.scheduler.lookup(request.request_id, keys, expected=state.expected - state.first)
         return (None if found is None else found * self._block_size), False
@@ -249,7 +250,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         """A producer that was asked to (``do_remote_decode``) hands over what it has stored of the prompt."""
         state = self._requests.pop(request.request_id, None)
         if state is not None and state.stored:
-            self.scheduler.touch(state.keys.of_blocks(0, state.stored))
+            self.scheduler.ended(request.request_id, state.keys.of_blocks(0, state.stored))
         self.scheduler.forget(request.request_id)
         params = request.kv_transfer_params
         is_asked = (params or {}).get("do_remote_decode") is True

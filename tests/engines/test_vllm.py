@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from kvstore.journal_view import JournalView, Request
+from kvstore.journal_writer import tenant_digest
+from kvstore.keys import BlockKey
 from tests.engines.engine import (
     BLOCK,
     NEEDS_VLLM,
@@ -43,7 +46,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) ->
     """Host memory and disk; prompts are prefilled in chunks of 512 tokens."""
     engine = Engine("engine", tmp_path_factory.mktemp("engine"), model)
     shared = {"shared_storage_path": str(data / "shared"), "shared_capacity_bytes": 256 << 20}
-    yield engine.load(offloading(data, **shared), max_num_batched_tokens=512)
+    journal = {"journal_path": str(data / "journal")}
+    yield engine.load(offloading(data, **shared, **journal), max_num_batched_tokens=512)
     engine.stop()
 
 
@@ -101,6 +105,27 @@ def test_another_salt_is_another_prefix(engine: Engine) -> None:
     same([warm], [cold])
 
 
+def test_the_journal_tells_who_asked_and_what_was_found(engine: Engine, data: Path) -> None:
+    def requests(salt: str) -> list[Request]:
+        return [r for r in JournalView.of(data / "journal").requests if r.tenant == tenant_digest(salt)]
+
+    ids = prompt(71, 600)
+    engine.generate(ids, cache_salt="journal")
+    engine.generate(ids, cache_salt="journal")
+    engine.from_store(ids, cache_salt="journal")
+    wait_until(lambda: len(requests("journal")) == 3)
+    first, second, third = requests("journal")
+    assert first.num_blocks == second.num_blocks == third.num_blocks == 4
+    assert (first.num_tokens, first.hits) == (600, {})
+    assert second.hits == {"device": 4}
+    assert third.hits == {"host": 4}
+    view = JournalView.of(data / "journal")
+    keys = [BlockKey.of(block_hash) for block_hash in view.path_to(third.last)]
+    assert all(view.moves["host", key].why == "" for key in keys)
+    assert view.opened[0].who == "SharedStorageScheduler"
+    assert not view.problems
+
+
 def test_metrics_say_what_each_tier_did(engine: Engine, cold: list[dict[str, Any]]) -> None:
     """Counters come by a thread, and with a step of the engine."""
     engine.from_store(prompt(0, 1500))
@@ -126,7 +151,9 @@ def test_disk_answers_after_a_restart(
 ) -> None:
     engine.settle()
     endpoint = f"ipc://{tmp_path}/events"
-    other = Engine("restarted", tmp_path, model).load(offloading(data), events_endpoint=endpoint)
+    journal = tmp_path / "journal"
+    transfer = offloading(data, journal_path=str(journal))
+    other = Engine("restarted", tmp_path, model).load(transfer, events_endpoint=endpoint)
     other.ask("follow_events", endpoint=endpoint)
     try:
         warm = other.generate(*(prompt(i, n) for i, n in enumerate(LENGTHS)))
@@ -137,6 +164,11 @@ def test_disk_answers_after_a_restart(
         assert stats["disk"]["hit_blocks"] >= sum(blocks(n) // BLOCK for n in LENGTHS)
         sources = {source: n for source, n in other.ask("hit_sources").items() if n}
         assert sources == {"disk": sum(blocks(n) for n in LENGTHS)}
+        wait_until(lambda: len(JournalView.of(journal).requests) == len(LENGTHS))
+        asked = sorted(JournalView.of(journal).requests, key=lambda request: int(request.request_id.partition("-")[0]))
+        assert [request.hits for request in asked] == [
+            {"disk": n} if (n := blocks(m) // BLOCK) else {} for m in LENGTHS
+        ]
         events: list[list[Any]] = []
         other.generate(prompt(98, 300))
 
