@@ -105,7 +105,7 @@ class OffloadingScheduler(SchedulerHalf):
         self._askers: dict[str, Asker] = {}  # of requests that are not over
         self._asked: dict[str, _Asked] = {}  # that the journal has not heard of yet
         try:
-            self._planes.open_journal(type(self).__name__, self._tier_stats)
+            self._planes.open_journal(type(self).__name__, self._tier_stats, num_groups=len(self._windows))
         except BaseException:
             self.close()
             raise

@@ -21,20 +21,24 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final
 
 import msgspec
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from kvstore.errors import ConfigError
-from kvstore.keys import BLOCK_HASH_NBYTES, KEY_NBYTES
+from kvstore.keys import BLOCK_HASH_NBYTES
 
 MAGIC: Final = b"KVSJNL01"
 SUFFIX: Final = ".kvj"
 MAX_PAYLOAD_NBYTES: Final = 1 << 20
 MAX_HASHES: Final = (MAX_PAYLOAD_NBYTES - (64 << 10)) // BLOCK_HASH_NBYTES  # of one `Asked`
-MAX_KEYS: Final = (MAX_PAYLOAD_NBYTES - (64 << 10)) // KEY_NBYTES  # of one `Moved`
+MOVE_ID_NBYTES: Final = 8
+MAX_MOVES: Final = (MAX_PAYLOAD_NBYTES - (64 << 10)) // MOVE_ID_NBYTES  # of one `Moved`
 MAX_TEXT: Final = 256
 MAX_SEGMENTS: Final = 4096  # that are looked at; the newest
 _MAX_SEGMENT_NBYTES: Final = 4 << 30
 _HEAD_NBYTES: Final = 12
+_GROUP_FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)
 _BATCH: Final = 256  # records that are decoded while a segment is open
 _NAME: Final = re.compile(r"[0-9]{20}-[0-9]{1,10}-[0-9a-f]{8}\.kvj")
 _MAX_PROBLEMS: Final = 100
@@ -60,6 +64,7 @@ class Opened(Record, tag="o", frozen=True, array_like=True, kw_only=True):
     Attributes:
         who: "TieredStore" or the engine's connector.
         content, placed: of the identity.
+        num_groups: KV cache groups: each block hash has so many keys.
         capacity_nbytes: by tier.
     """
 
@@ -68,6 +73,7 @@ class Opened(Record, tag="o", frozen=True, array_like=True, kw_only=True):
     namespace: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     content: dict[str, Any]
     placed: dict[str, Any]
+    num_groups: Annotated[int, msgspec.Meta(ge=1, le=64)]
     capacity_nbytes: _Counts
 
 
@@ -78,8 +84,8 @@ class Asked(Record, tag="a", frozen=True, array_like=True, kw_only=True):
         tenant: digest of the salt, empty without one; the salt itself is never written.
         adapter: digest of the adapter's content, in hex.
         num_tokens: of the prompt.
-        parent: hash of the last block of the leading part that this segment has already; empty: none.
-        hashes: of the full blocks behind it, joined.
+        depth, parent: how many leading blocks this process's segments have already, and the last one's hash.
+        hashes: of the full blocks behind those, joined.
         hits: leading blocks, by the tier that had them.
         is_late: its deadline had passed before everything had come.
     """
@@ -88,6 +94,7 @@ class Asked(Record, tag="a", frozen=True, array_like=True, kw_only=True):
     tenant: _Digest
     adapter: _Digest
     num_tokens: _Count
+    depth: _Count
     parent: Annotated[bytes, msgspec.Meta(max_length=BLOCK_HASH_NBYTES)]
     hashes: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD_NBYTES)]
     hits: _Counts
@@ -99,11 +106,12 @@ class Ended(Record, tag="e", frozen=True, array_like=True, kw_only=True):
     """A request is over, and these of its blocks were stored: its prompt's, and those of what was generated.
 
     Attributes:
-        parent, hashes: see `Asked`.
+        depth, parent, hashes: see `Asked`.
     """
 
     request: _Text
     tenant: _Digest
+    depth: _Count
     parent: Annotated[bytes, msgspec.Meta(max_length=BLOCK_HASH_NBYTES)]
     hashes: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD_NBYTES)]
 
@@ -113,12 +121,12 @@ class Moved(Record, tag="m", frozen=True, array_like=True, kw_only=True):
 
     Attributes:
         why: empty: stored. Else why they left: see `kvstore.events.RemovedWhy`.
-        keys: block keys, joined.
+        ids: of block keys, see `move_ids`, as bytes.
     """
 
     tier: _Name
     why: _Name
-    keys: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD_NBYTES)]
+    ids: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD_NBYTES)]
 
 
 class Reset(Record, tag="r", frozen=True, array_like=True, kw_only=True):
@@ -147,6 +155,14 @@ class Lost(Record, tag="l", frozen=True, array_like=True, kw_only=True):
 AnyRecord = Opened | Asked | Ended | Moved | Reset | Sample | Closed | Lost
 _DECODER: Final = msgspec.msgpack.Decoder(AnyRecord)
 _ENCODER: Final = msgspec.msgpack.Encoder()
+
+
+def move_ids(keys: bytes) -> NDArray[np.uint64]:
+    """A number for each of joined block keys: the first 8 bytes of its hash, and its group mixed in. A hash is
+    cryptographic, so that two keys of one number will not be met."""
+    parts = np.frombuffer(keys, dtype=[("head", "<u8"), ("rest", "V24"), ("group", "<u4")])
+    numbers: NDArray[np.uint64] = parts["head"] ^ (parts["group"].astype(np.uint64) * _GROUP_FACTOR)
+    return numbers
 
 
 def frame(record: AnyRecord) -> bytes:

@@ -26,7 +26,7 @@ from kvstore.events import TierEvent
 from kvstore.journal import (
     MAGIC,
     MAX_HASHES,
-    MAX_KEYS,
+    MAX_MOVES,
     MAX_TEXT,
     SUFFIX,
     AnyRecord,
@@ -39,9 +39,10 @@ from kvstore.journal import (
     Reset,
     Sample,
     frame,
+    move_ids,
     segments,
 )
-from kvstore.keys import BLOCK_HASH_NBYTES, KEY_NBYTES, BlockKey
+from kvstore.keys import BLOCK_HASH_NBYTES, BlockKey
 from kvstore.tiers.base import TierStats
 from kvstore.tiers.health import TierHealth
 
@@ -51,6 +52,7 @@ _INTERVAL_S: Final = 0.5
 _MAX_WAITING_BLOCKS: Final = 1 << 18
 _MAX_WAITING: Final = 1 << 14
 _SEGMENTS: Final = 8  # that a capacity is cut into
+_REMEMBERED: Final = 16  # one of so many blocks of a prompt: what others share with it is written from there on
 _CLOSE_TIMEOUT_S: Final = 10.0
 _TENANT: Final = b"kvstore tenant 1\0"
 
@@ -110,9 +112,10 @@ class JournalWriter:
         self._waiting_blocks = self._lost_records = self._lost_blocks = 0
         self._sampled_at = float("-inf")
         self._segment: int | None = None  # descriptor
-        self._segment_name = ""
         self._nbytes = 0  # of the segment
-        self._known: set[bytes] = set()  # block hashes that the segment has
+        self._number = 0  # of the segment, among this process's
+        self._names: dict[str, int] = {}
+        self._known: dict[bytes, int] = {}  # hashes of some blocks of prompts -> the segment that has them
         self._make_directory()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvstore-journal", daemon=True)
@@ -193,9 +196,9 @@ class JournalWriter:
         yield from waiting
         now = time.time_ns()
         for (tier, why), events in groupby(self._take_events(), key=lambda event: (event.tier, event.why or "")):
-            keys = b"".join(event.packed_keys for event in events)
-            for at in range(0, len(keys), MAX_KEYS * KEY_NBYTES):
-                yield Moved(t_ns=now, tier=tier, why=why, keys=keys[at : at + MAX_KEYS * KEY_NBYTES])
+            ids = move_ids(b"".join(event.packed_keys for event in events))
+            for at in range(0, len(ids), MAX_MOVES):
+                yield Moved(t_ns=now, tier=tier, why=why, ids=ids[at : at + MAX_MOVES].tobytes())
         if time.monotonic() - self._sampled_at >= self._config.sample_s:
             self._sampled_at = time.monotonic()
             yield Sample(t_ns=time.time_ns(), tiers={stats.name: _numbers(stats) for stats in self._stats()})
@@ -218,18 +221,20 @@ class JournalWriter:
             data = data[n:]
 
     def _asked(self, lookup: PromptLookup) -> Asked | Ended:
-        hashes = [bytes(key[:BLOCK_HASH_NBYTES]) for key in lookup.keys[:MAX_HASHES]]
-        n = next((i for i, block_hash in enumerate(hashes) if block_hash not in self._known), len(hashes))
-        self._known.update(hashes[n:])
+        hashes = [bytes(key[:BLOCK_HASH_NBYTES]) for key in lookup.keys]
+        n = next((i for i in range(len(hashes), 0, -1) if hashes[i - 1] in self._known), 0)
+        hashes = hashes[: n + MAX_HASHES]
+        self._known |= dict.fromkeys((*hashes[n + -n % _REMEMBERED :: _REMEMBERED], *hashes[-1:]), self._number)
         parent, new, request = hashes[n - 1] if n else b"", b"".join(hashes[n:]), lookup.request_id[:MAX_TEXT]
         if lookup.is_end:
-            return Ended(t_ns=lookup.t_ns, request=request, tenant=lookup.tenant, parent=parent, hashes=new)
+            return Ended(t_ns=lookup.t_ns, request=request, tenant=lookup.tenant, depth=n, parent=parent, hashes=new)
         return Asked(
             t_ns=lookup.t_ns,
             request=request,
             tenant=lookup.tenant,
             adapter=lookup.adapter,
             num_tokens=lookup.num_tokens,
+            depth=n,
             parent=parent,
             hashes=new,
             hits=dict(lookup.hits),
@@ -241,22 +246,22 @@ class JournalWriter:
         self._end_segment()
         os.makedirs(self._config.path, mode=0o700, exist_ok=True)
         self._prune()
-        now = time.time_ns()
-        self._segment_name = f"{now:020d}-{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
+        self._number += 1
+        name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._segment = os.open(os.path.join(self._config.path, self._segment_name), flags, 0o600)
+        self._segment = os.open(os.path.join(self._config.path, name), flags, 0o600)
+        self._names[name] = self._number
         self._nbytes = 0
         self._append([MAGIC, frame(self._opened())])
 
     def _end_segment(self) -> None:
-        self._known = set()
         if self._segment is not None:
             descriptor, self._segment = self._segment, None
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
     def _prune(self) -> None:
-        """Make room for one more segment."""
+        """Make room for one more segment, and forget what the segments that have gone said."""
         found = segments(Path(self._config.path))
         left = sum(segment.nbytes for segment in found)
         for segment in found:
@@ -265,6 +270,10 @@ class JournalWriter:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(segment.path)
             left -= segment.nbytes
+        there = {segment.path.name for segment in segments(Path(self._config.path))}
+        self._names = {name: number for name, number in self._names.items() if name in there}
+        kept = set(self._names.values())
+        self._known = {block_hash: number for block_hash, number in self._known.items() if number in kept}
 
 
 def _numbers(stats: TierStats) -> dict[str, float]:

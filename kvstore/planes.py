@@ -79,18 +79,19 @@ class Planes:
             self.arena.close()
             raise
 
-    def open_journal(self, who: str, stats: Callable[[], Iterable[TierStats]]) -> None:
+    def open_journal(self, who: str, stats: Callable[[], Iterable[TierStats]], *, num_groups: int = 1) -> None:
         """Begin to write the journal, where the configuration asks for one.
 
         Args:
             who: "TieredStore", or an engine's half.
             stats: of all tiers; called by the journal's thread.
+            num_groups: KV cache groups.
         Raises:
             ConfigError: its path cannot be used.
         """
         if self._config.journal is not None:
             self.journal = JournalWriter(
-                self._config.journal, lambda: self._opened(who), self._events_for_journal, stats
+                self._config.journal, lambda: self._opened(who, num_groups), self._events_for_journal, stats
             )
 
     @property
@@ -188,7 +189,7 @@ class Planes:
                 self._for_others.add(event)
         return events
 
-    def _opened(self, who: str) -> Opened:
+    def _opened(self, who: str, num_groups: int) -> Opened:
         config = self._config
         capacities = {"host": self.host_nbytes}
         if config.disk is not None:
@@ -203,6 +204,7 @@ class Planes:
             namespace=self.current()[1],
             content=dict(self.identity.content()),
             placed=dict(self.identity.placed(config.blocks_per_chunk)),
+            num_groups=num_groups,
             capacity_nbytes=capacities,
         )
 

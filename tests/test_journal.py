@@ -36,7 +36,7 @@ from tests.small import IDENTITY, small_blocks, small_config, small_keys
 
 OPENED = Opened(
     t_ns=1, pid=1, who="test", namespace=b"n" * 16, content=dict(IDENTITY.content()), placed=dict(IDENTITY.placed(2)),
-    capacity_nbytes={"host": 1},
+    num_groups=1, capacity_nbytes={"host": 1},
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_prompts_share_their_heads(tmp_path: Path) -> None:
     made.asked(PromptLookup(keys=[], request_id="e"))
     made.close()
     asked = [record for record in read(tmp_path) if isinstance(record, Asked)]
-    assert [len(record.hashes) // 32 for record in asked] == [3, 2, 1, 0, 0]  # each block is written once
+    assert [len(record.hashes) // 32 for record in asked] == [3, 2, 1, 1, 0]  # what is shared is written once
     view = JournalView.of(tmp_path)
     assert view.problems == []
     assert [[int.from_bytes(h, "big") for h in view.path_to(r.last)] for r in view.requests] == [
@@ -109,12 +109,12 @@ def test_what_comes_and_goes_in_a_store(tmp_path: Path) -> None:
     assert set(sources) <= {"host", "disk", "shared"}
     assert request.tenant == tenant_digest("salt")
     assert [view.path_to(request.last)[i] for i in range(12)] == [key.block_hash for key in prompt]
-    whys = {(tier, move.why) for (tier, _), move in view.moves.items()}
+    whys = {(tier, move.why) for tier in view.tiers() for key in prompt if (move := view.move_of(tier, key))}
     assert {("disk", "purged"), ("shared", "purged"), ("disk", "reset")} <= whys
     every = {(r.tier, r.why) for r in read(tmp_path / "j") if isinstance(r, Moved)}
     assert ("host", "evicted") in every
     assert len(view.samples) >= 2
-    assert view.samples[-1][2]["host"]["capacity_blocks"] == 4
+    assert {s.tier: s.numbers["capacity_blocks"] for s in view.samples if s.tier == "host"} == {"host": 4}
     assert view.opened[0].content == IDENTITY.content()
     assert view.opened[0].who == "TieredStore"
     (reset,) = view.resets
@@ -132,8 +132,9 @@ def test_a_damaged_chunk_is_told(tmp_path: Path) -> None:
         f.write(b"\xff\x00\xff")
     with TieredStore(config) as store:
         assert store.get(small_keys(), small_blocks()) < 12
-    moves = JournalView.of(tmp_path / "j").moves
-    assert [move.why for (tier, _), move in moves.items() if tier == "disk" and move.why] == ["corrupt"] * 2
+    view = JournalView.of(tmp_path / "j")
+    moves = [view.move_of("disk", key) for key in small_keys()]
+    assert [move.why for move in moves if move is not None] == ["corrupt"] * 2 + [""] * 10
 
 
 @pytest.mark.parametrize("io", ["thread", "process"])
@@ -148,7 +149,8 @@ def test_others_take_events_too(tmp_path: Path, io: str) -> None:
         events = store.take_events()
         assert {event.tier for event in events} == {"host", "disk"}
         assert store.take_events() == []
-    assert len(JournalView.of(tmp_path / "j").moves) == 24
+    view = JournalView.of(tmp_path / "j")
+    assert all(view.move_of(tier, key) for tier in ("host", "disk") for key in small_keys())
     with TieredStore(type(config).from_dict(config.to_dict() | {"event_log_blocks": 0})) as store:
         store.put(small_keys(), small_blocks())
         assert store.take_events() == []
@@ -166,6 +168,36 @@ def test_the_directory_is_bounded_and_the_newest_stays(tmp_path: Path) -> None:
     assert 20 < len(view.requests) < 100
     assert all(request.num_blocks == 400 for request in view.requests)
     assert all(s.path.stat().st_mode & 0o777 == 0o600 for s in segments(tmp_path))
+
+
+def test_what_segments_that_are_gone_said_is_said_again(tmp_path: Path) -> None:
+    """One long conversation, which every request goes on with: its head is written once in a while."""
+    made = writer(tmp_path, capacity_nbytes=1 << 20)
+    for i in range(200):
+        made.asked(PromptLookup(keys=keys(*range(1000 + 100 * i)), request_id=f"r{i}"))
+        made.flush()
+    made.close()
+    view = JournalView.of(tmp_path)
+    assert len(segments(tmp_path)) > 4
+    assert view.requests[-1].request_id == "r199"
+    whole = [request for request in view.requests if len(view.nodes_to(request.last)) == request.num_blocks]
+    assert all(request.num_blocks == 1000 + 100 * int(request.request_id[1:]) for request in view.requests)
+    assert len(view.requests) > 100  # a tenth of this if each segment told the whole conversation
+    assert len(whole) >= 1
+    counts = view.asked_by_node()
+    assert counts[view.requests[-1].last] == 1
+    assert max(counts) == len(view.requests)
+
+
+def test_parents_in_a_circle(tmp_path: Path) -> None:
+    def asked(depth: int, parent: bytes, *hashes: bytes) -> bytes:
+        return frame(msgspec.structs.replace(ASKED, depth=depth, parent=parent, hashes=b"".join(hashes)))
+
+    r, x, y = (bytes([n]) * 32 for n in range(3))
+    data = GOOD + asked(99, b"", r, x) + asked(0, x, y) + asked(99, y, r, x)
+    view = JournalView.of(segment_with(tmp_path / "j", data))
+    assert [len(view.path_to(request.last)) for request in view.requests] == [2, 3, 2]
+    assert view.asked_by_node() == [2, 2, 0]
 
 
 def test_who_cannot_keep_up_says_so(tmp_path: Path) -> None:
@@ -274,7 +306,7 @@ def segment_with(path: Path, data: bytes) -> Path:
 
 GOOD = MAGIC + frame(OPENED)
 ASKED = Asked(
-    t_ns=2, request="r", tenant="", adapter="", num_tokens=4, parent=b"", hashes=b"h" * 32, hits={"host": 1},
+    t_ns=2, request="r", tenant="", adapter="", num_tokens=4, depth=0, parent=b"", hashes=b"h" * 32, hits={"host": 1},
     waited_s=0.0, is_late=False,
 )  # fmt: skip
 
@@ -321,7 +353,7 @@ def test_a_request_before_any_opening_is_nobodys(tmp_path: Path) -> None:
 
 def test_too_large_a_record_is_refused() -> None:
     with pytest.raises(ValueError, match="at most"):
-        frame(Moved(t_ns=1, tier="host", why="", keys=bytes(MAX_PAYLOAD_NBYTES)))
+        frame(Moved(t_ns=1, tier="host", why="", ids=bytes(MAX_PAYLOAD_NBYTES)))
 
 
 @given(st.binary(max_size=2000), st.integers(0, 2000), st.booleans())

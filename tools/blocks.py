@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import torch
 from connectors.vllm_block_hash import prompt_keys as vllm_keys
 from kvstore.byte_layout import blocks_of
 from kvstore.errors import ConfigError, KeyFormatError, KVStoreError
+from kvstore.journal_view import JournalView, Request
 from kvstore.keys import KEY_NBYTES, BlockKey, hash_blocks
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog, StoredChunk
@@ -31,7 +33,7 @@ class NotStoredError(KVStoreError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """How a person names blocks; give one of keys, tokens and text.
+    """How a person names blocks; give one of keys, tokens, text and a request.
 
     Attributes:
         keys: each as much of a key's start as is unique.
@@ -39,6 +41,7 @@ class Choice:
         tokens_file: a JSON list of token ids.
         text, tokenizer: a prompt, and the folder of the model's tokenizer.
         tenant: the salt that the prompt was stored under.
+        request, journal: a request's id, or its start, and the journal that knows it.
     """
 
     keys: tuple[str, ...] = ()
@@ -47,11 +50,15 @@ class Choice:
     text: str | None = None
     tokenizer: Path | None = None
     tenant: str = ""
+    request: str | None = None
+    journal: Path | None = None
 
     def __post_init__(self) -> None:
-        given = [bool(self.keys), self.keys_file is not None, self.tokens_file is not None, self.text is not None]
-        if sum(given) != 1:
-            raise ConfigError("give one of --key, --keys, --tokens and --text")
+        others = (self.keys_file, self.tokens_file, self.text, self.request)
+        if sum([bool(self.keys), *(given is not None for given in others)]) != 1:
+            raise ConfigError("give one of --key, --keys, --tokens, --text and --request")
+        if self.request is not None and self.journal is None:
+            raise ConfigError("--request: only a journal knows requests; give --journal too")
         if (self.text is None) != (self.tokenizer is None):
             raise ConfigError("--text and --tokenizer: give both, or none")
 
@@ -66,11 +73,15 @@ class Choice:
         return [start.lower() for start in starts]
 
     def of_prompt(self, fmt: StoredFormat) -> list[BlockKey]:
-        """Keys of the prompt's full blocks, in KV of this format.
+        """Keys of the prompt's full blocks, in KV of this format; of a request also those of what it generated.
 
         Raises:
             ConfigError: the prompt is none, or its keys are made by an engine.
+            NotStoredError: the journal knows of no such request, or of several.
         """
+        if self.request is not None:
+            _, hashes = self._of_journal()
+            return [BlockKey.of(block_hash) for block_hash in hashes]
         tokens = self._tokens()
         if fmt.byte_layout.partition(" ")[0] == "vllm":
             algorithm, seed = str(fmt.content.get("hash_algorithm")), str(fmt.content.get("hash_seed"))
@@ -80,6 +91,15 @@ class Choice:
                 f"--tokens, --text: {fmt.byte_layout.split()[0]!r} makes its keys itself; give --key or --keys"
             )
         return hash_blocks(tokens, fmt.layout.block_size, fmt.identity(), tenant=self.tenant)
+
+    def means(self, place: Place) -> bool:
+        """Whether what is stored there can be meant: a request's blocks are those of its own namespace."""
+        return self.request is None or place.chunk.space.namespace == self._of_journal()[0]
+
+    def _of_journal(self) -> tuple[bytes, list[bytes]]:
+        assert self.request is not None
+        assert self.journal is not None
+        return _request_of(self.journal, self.request)
 
     def _tokens(self) -> list[int]:
         if self.text is not None and self.tokenizer is not None:
@@ -93,6 +113,32 @@ class Choice:
         if not is_list or not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < 1 << 63 for t in found):
             raise ConfigError(f"--tokens: {self.tokens_file} holds no list of token ids")
         return list(found)
+
+
+@lru_cache(maxsize=1)
+def _request_of(journal: Path, request_id: str) -> tuple[bytes, list[bytes]]:
+    """Namespace and block hashes of a journal's request."""
+    view = JournalView.of(journal)
+    request = only_request(view, request_id)
+    return request.namespace, view.hashes_of(request)
+
+
+def only_request(view: JournalView, request_id: str) -> Request:
+    """The last of this id, or whose id begins so.
+
+    Raises:
+        NotStoredError: there is none, or requests of several ids begin so.
+    """
+    found = view.requests_of(request_id)
+    if not found:
+        raise NotStoredError(
+            f"--request: {request_id!r} is not in the journal, which has {len(view.requests)} requests"
+        )
+    ids = {request.request_id for request in found}
+    if len(ids) > 1:
+        some = ", ".join(sorted(ids)[:3])
+        raise NotStoredError(f"--request: {len(ids)} requests begin with {request_id!r} ({some}, ...); give all of it")
+    return found[-1]
 
 
 def tokens_of(text: str, tokenizer: Path) -> list[int]:
@@ -166,7 +212,7 @@ def find(catalogs: Sequence[Catalog], choice: Choice) -> list[list[Place]]:
     for fmt in [fmt for catalog in catalogs for fmt in catalog.formats()]:
         wanted |= {key: [] for key in choice.of_prompt(fmt)}
     for place in places(catalogs):
-        if place.key in wanted:
+        if place.key in wanted and choice.means(place):
             wanted[place.key].append(place)
     stored = [found for found in wanted.values() if found]
     if not stored:

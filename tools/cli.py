@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from tools.commands import diff, dump, gc, load, plot, purge, stat
+from tools.commands import diff, dump, explain, gc, load, plot, purge, stat
 from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
@@ -227,6 +227,7 @@ app.command()(_errors()(dump))
 app.command()(_errors()(load))
 app.command()(_errors()(diff))
 app.command()(_errors()(plot))
+app.command()(_errors()(explain))
 app.command()(_errors()(gc))
 app.command()(_errors()(purge))
 app.command()(_errors()(stat))

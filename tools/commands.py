@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tools.options import (
+    Journal,
     Json,
     KeyFile,
     Keys,
     KeysFile,
+    Request,
     StoredPath,
     Tenant,
     Text,
@@ -35,6 +37,8 @@ def dump(
     text: Text = None,
     tokenizer: Tokenizer = None,
     tenant: Tenant = "",
+    request: Request = None,
+    journal: Journal = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: Json = False,
     integrity_key_file: KeyFile = None,
@@ -50,7 +54,7 @@ def dump(
     from tools.dump import DamagedError, dump_blocks
     from tools.output import show
 
-    choice = choice_of(key, keys, tokens, text, tokenizer, tenant)
+    choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal)
     try:
         dumped = dump_blocks(path, out, choice, integrity_key_file, force=force)
     except DamagedError as e:
@@ -96,6 +100,9 @@ def diff(
     text: Text = None,
     tokenizer: Tokenizer = None,
     tenant: Tenant = "",
+    request: Request = None,
+    request_b: Annotated[str | None, typer.Option("--request-b", metavar="ID", help="Of B.")] = None,
+    journal: Journal = None,
     atol: Annotated[float, typer.Option(min=0.0, help="How far numbers may be apart.")] = 0.0,
     rtol: Annotated[float, typer.Option(min=0.0, help="The same, as a share of B's.")] = 0.0,
     by_position: Annotated[
@@ -115,9 +122,11 @@ def diff(
     from tools.diff import diff as compare
     from tools.output import show
 
-    chosen = choice_of(key, None, tokens, text, tokenizer, tenant) if key or tokens or text is not None else None
-    of_b = choice_of(key_b, None, None, None, None, "") if key_b else chosen
-    found = compare(a, b, (chosen, of_b), atol=atol, rtol=rtol, by_position=by_position or bool(key_b))
+    is_chosen = bool(key or tokens or text is not None or request is not None)
+    chosen = choice_of(key, None, tokens, text, tokenizer, tenant, request, journal) if is_chosen else None
+    has_own = bool(key_b or request_b is not None)
+    of_b = choice_of(key_b, None, None, None, None, "", request_b, journal) if has_own else chosen
+    found = compare(a, b, (chosen, of_b), atol=atol, rtol=rtol, by_position=by_position or has_own)
     show(found.to_dict(), found.parts(), as_json=json)
     raise typer.Exit(int(not found.is_equal))
 
@@ -131,6 +140,8 @@ def plot(
     text: Text = None,
     tokenizer: Tokenizer = None,
     tenant: Tenant = "",
+    request: Request = None,
+    journal: Journal = None,
     json: Json = False,
     integrity_key_file: KeyFile = None,
 ) -> None:
@@ -145,8 +156,8 @@ def plot(
     from tools.output import lines, show
     from tools.plot import draw, norms
 
-    is_chosen = bool(key or keys or tokens or text is not None)
-    choice = choice_of(key, keys, tokens, text, tokenizer, tenant) if is_chosen else None
+    is_chosen = bool(key or keys or tokens or text is not None or request is not None)
+    choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal) if is_chosen else None
     found = norms(path, choice, integrity_key_file)
     draw(found, out)
     data = {"file": str(out), "blocks": found.num_blocks, "tokens": found.of_tokens.shape[-1],
@@ -201,6 +212,11 @@ def purge(
     text: Text = None,
     tokenizer: Tokenizer = None,
     tenant: Tenant = "",
+    request: Request = None,
+    of_tenant: Annotated[
+        str | None, typer.Option(metavar="SALT", help="All of a tenant, or of its digest; needs --journal.")
+    ] = None,
+    journal: Journal = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="All of this model.")] = None,
     namespace: Namespace = None,
     everything: Annotated[bool, typer.Option("--all", help="All that is stored.")] = False,
@@ -217,14 +233,18 @@ def purge(
     \b
     Example: kvstore purge /var/cache/kv --tokens prompt.json --yes
     """
-    from tools.remove import Wanted, check_given, keys_of
+    from tools.remove import Wanted, check_given, keys_of, keys_of_tenant
 
-    is_chosen = bool(key or keys or tokens or text is not None)
-    check_given({"--key": key, "--keys": keys, "--tokens": tokens, "--text": text, "--model": model,
-                 "--namespace": namespace, "--all": everything})  # fmt: skip
+    is_chosen = bool(key or keys or tokens or text is not None or request is not None)
+    check_given({"--key": key, "--keys": keys, "--tokens": tokens, "--text": text, "--request": request,
+                 "--of-tenant": of_tenant, "--model": model, "--namespace": namespace,
+                 "--all": everything})  # fmt: skip
     chosen = None
     if is_chosen:
-        chosen = keys_of(path, choice_of(key, keys, tokens, text, tokenizer, tenant), integrity_key_file)
+        choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal)
+        chosen = keys_of(path, choice, integrity_key_file)
+    if of_tenant is not None:
+        chosen = [*(chosen or ()), *keys_of_tenant(journal, of_tenant)]
     wanted = Wanted(keys=chosen, model=model, namespace=namespace)
     _remove(path, wanted, integrity_key_file, dry_run=dry_run, ask=not yes, json=json)
 
@@ -264,3 +284,35 @@ def stat(path: StoredPath, json: Json = False) -> None:
 
     data, parts = look(path)
     show(data, parts, as_json=json)
+
+
+def explain(
+    path: StoredPath,
+    key: Keys = None,
+    keys: KeysFile = None,
+    tokens: Tokens = None,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    tenant: Tenant = "",
+    request: Request = None,
+    journal: Journal = None,
+    model: Annotated[str, typer.Option(metavar="TEXT", help="Asked for, where there are several.")] = "",
+    other_tenant: Annotated[list[str] | None, typer.Option(metavar="SALT", help="Who may have stored it.")] = None,
+    json: Json = False,
+    integrity_key_file: KeyFile = None,
+) -> None:
+    """Say why a prompt hits or misses, block by block.
+
+    In each tier: stored, or never stored, evicted, purged, damaged, of another identity or tenant, from before a
+    reset. Of a request also what was found when it asked, and whether its deadline had passed.
+
+    \b
+    Example: kvstore explain /var/cache/kv --journal /var/lib/kv-journal --request cmpl-42
+    """
+    from tools.explain import explain as look
+    from tools.output import show
+
+    choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal)
+    found = look(path, choice, journal=journal, model=model, other_tenants=other_tenant or (),
+                 integrity_key_file=integrity_key_file)  # fmt: skip
+    show(found.to_dict(), found.parts(), as_json=json)

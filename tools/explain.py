@@ -19,7 +19,7 @@ from kvstore.journal_view import JournalView, Move, Request
 from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
-from tools.blocks import Choice, NotStoredError, Place, places, read, same_content
+from tools.blocks import Choice, NotStoredError, Place, only_request, places, read, same_content
 from tools.ls import problem_lines, problems_of
 from tools.output import age, lines, progress, table
 from tools.places import find_catalogs
@@ -156,10 +156,9 @@ class _Asked:
 
 def explain(
     path: Path,
-    choice: Choice | None,
+    choice: Choice,
     *,
     journal: Path | None = None,
-    request_id: str | None = None,
     model: str = "",
     other_tenants: Sequence[str] = (),
     integrity_key_file: str | None = None,
@@ -173,17 +172,11 @@ def explain(
         ConfigError: a wrong argument, nothing of a tier at the path, or no journal.
         NotStoredError: nobody knows of such a request or key.
     """
-    if (choice is None) == (request_id is None):
-        raise ConfigError("give one of --key, --keys, --tokens, --text and --request")
-    if request_id is not None and journal is None:
-        raise ConfigError("--request: only a journal knows requests; give --journal too")
     catalogs = find_catalogs(path, integrity_key_file)
     view = JournalView.of(journal) if journal is not None else None
-    if request_id is not None:
-        assert view is not None
-        asked = _of_request(view, request_id)
+    if choice.request is not None and view is not None:
+        asked = _of_request(view, choice.request)
     else:
-        assert choice is not None
         starts = choice.starts()
         asked = _of_starts(catalogs, view, starts) if starts else _of_prompt(
             _formats(catalogs, view, model), choice, view, other_tenants
@@ -295,7 +288,7 @@ class _Explainer:
             return ""
         if tier == "shared":
             return " by gc, for size or age"
-        samples = [s for t, pid, tiers in view.samples if pid == move.pid and (s := tiers.get(tier)) is not None]
+        samples = [s.numbers for s in view.samples if s.pid == move.pid and s.tier == tier]
         capacity = next((s["capacity_blocks"] for s in reversed(samples) if s.get("capacity_blocks")), None)
         return ": its tier was full" + (f", with room for {capacity:.0f} blocks" if capacity else "")
 
@@ -326,16 +319,7 @@ class _Explainer:
 
 def _of_request(view: JournalView, request_id: str) -> _Asked:
     """The last request of that id."""
-    found = view.requests_of(request_id)
-    if not found:
-        raise NotStoredError(
-            f"--request: {request_id!r} is not in the journal, which has {len(view.requests)} requests"
-        )
-    ids = {request.request_id for request in found}
-    if len(ids) > 1:
-        some = ", ".join(sorted(ids)[:3])
-        raise NotStoredError(f"--request: {len(ids)} requests begin with {request_id!r} ({some}, ...); give all of it")
-    request = found[-1]
+    request = only_request(view, request_id)
     keys = [BlockKey.of(block_hash) for block_hash in view.path_to(request.last)]
     if not keys:
         raise NotStoredError(f"--request: of {request_id!r} no full block is known: its prompt was shorter than one")
@@ -352,7 +336,7 @@ def _of_starts(catalogs: Sequence[Catalog], view: JournalView | None, starts: Se
     for start in starts:
         if len(start.partition(".")[0]) == 64:
             known[start].add(BlockKey.parse(start))
-    journalled = (BlockKey(key) for _, key in view.moves) if view is not None else ()
+    journalled = (BlockKey.of(block_hash) for block_hash in view.hashes) if view is not None else ()
     for key in (*(place.key for place in places(catalogs)), *journalled):
         text = str(key)
         for start in starts:

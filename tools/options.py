@@ -32,11 +32,25 @@ Tokenizer = Annotated[
 Tenant = Annotated[str, typer.Option("--tenant", metavar="SALT", help="The salt that the prompt is stored under.")]
 
 
+Request = Annotated[
+    str | None, typer.Option("--request", metavar="ID", help="A request's id, or its start; needs --journal.")
+]
+Journal = Annotated[Path | None, typer.Option("--journal", metavar="DIR", help="The journal of the servers.")]
+
+
 def choice_of(
-    key: list[str] | None, keys: Path | None, tokens: Path | None, text: str | None, tokenizer: Path | None, tenant: str
+    key: list[str] | None,
+    keys: Path | None,
+    tokens: Path | None,
+    text: str | None,
+    tokenizer: Path | None,
+    tenant: str,
+    request: str | None = None,
+    journal: Path | None = None,
 ) -> Choice:
     from tools.blocks import Choice
 
     return Choice(
-        keys=tuple(key or ()), keys_file=keys, tokens_file=tokens, text=text, tokenizer=tokenizer, tenant=tenant
-    )
+        keys=tuple(key or ()), keys_file=keys, tokens_file=tokens, text=text, tokenizer=tokenizer, tenant=tenant,
+        request=request, journal=journal,
+    )  # fmt: skip

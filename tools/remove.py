@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from rich.console import RenderableType
 
 from kvstore.errors import ConfigError
+from kvstore.journal_view import JournalView
+from kvstore.journal_writer import tenant_digest
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.slot import read_integrity_key
 from kvstore.tiers.catalog import Space
@@ -163,6 +165,24 @@ def _remove(found: Candidates, where: NDArray[np.bool_], part: Part, removed: Re
 def keys_of(path: Path, choice: Choice, integrity_key_file: str | None) -> list[BlockKey]:
     """Keys that a person has chosen and that are stored."""
     return [there[0].key for there in find(find_catalogs(path, integrity_key_file), choice)]
+
+
+def keys_of_tenant(journal: Path | None, tenant: str) -> list[BlockKey]:
+    """Keys of all that a tenant's requests asked for or stored, as far as the journal goes back.
+
+    Args:
+        tenant: the salt, or its digest as ``kvstore ls --journal`` shows it.
+    Raises:
+        ConfigError: there is no journal, or it knows no such tenant.
+    """
+    if journal is None or not tenant:
+        raise ConfigError("--of-tenant: only a journal knows tenants; give a salt, and --journal too")
+    view = JournalView.of(journal)
+    hashes = view.hashes_of_tenant(tenant_digest(tenant)) or view.hashes_of_tenant(tenant.lower())
+    if not hashes:
+        raise ConfigError(f"--of-tenant: the journal has no requests of {tenant!r}")
+    num_groups = max(opened.num_groups for opened in view.opened)
+    return [BlockKey.of(block_hash, group) for block_hash in sorted(hashes) for group in range(num_groups)]
 
 
 def check_given(options: dict[str, object]) -> None:

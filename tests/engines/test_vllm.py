@@ -121,7 +121,7 @@ def test_the_journal_tells_who_asked_and_what_was_found(engine: Engine, data: Pa
     assert third.hits == {"host": 4}
     view = JournalView.of(data / "journal")
     keys = [BlockKey.of(block_hash) for block_hash in view.path_to(third.last)]
-    assert all(view.moves["host", key].why == "" for key in keys)
+    assert [move.why for key in keys if (move := view.move_of("host", key))] == [""] * 4
     assert view.opened[0].who == "SharedStorageScheduler"
     assert not view.problems
 
