@@ -210,11 +210,13 @@ class JournalReader:
     """Reads a journal's directory, beside those who write it.
 
     Attributes:
+        since_ns: segments that nobody has written to since are passed over.
         problems: what was wrong with segments that have been read; bounded.
         num_torn: segments whose last frame was not whole: of a killed, or a running, process.
     """
 
     path: Path
+    since_ns: int = 0
     problems: list[str] = field(default_factory=list)
     num_torn: int = 0
 
@@ -230,6 +232,7 @@ class JournalReader:
             raise ConfigError(f"--journal: {str(self.path)!r} cannot be read ({e.strerror})") from e
         if not found:
             raise ConfigError(f"--journal: {str(self.path)!r} holds no journal; give the directory set as journal_path")
+        found = [segment for segment in found if segment.modified_ns >= self.since_ns]
         if len(found) > MAX_SEGMENTS:
             self._problem(f"{len(found)} segments; only the newest {MAX_SEGMENTS} are read")
             found = found[-MAX_SEGMENTS:]
@@ -297,3 +300,11 @@ class JournalReader:
     def _problem(self, text: str) -> None:
         if len(self.problems) < _MAX_PROBLEMS:
             self.problems.append(text)
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a directory holds a segment of a journal."""
+    try:
+        return path.is_dir() and bool(segments(path))
+    except OSError:
+        return False

@@ -47,6 +47,7 @@ class Request:
     """
 
     t_ns: int
+    pid: int
     request_id: str
     tenant: str
     adapter: str
@@ -157,13 +158,15 @@ class JournalView:
     _moves: dict[str, _Moves] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path) -> JournalView:
+    def of(cls, path: Path, since_ns: int = 0) -> JournalView:
         """Read all of a journal.
 
+        Args:
+            since_ns: what was written before may be left out.
         Raises:
             ConfigError: there is none.
         """
-        view, reader = cls(path), JournalReader(path)
+        view, reader = cls(path), JournalReader(path, since_ns)
         writers: dict[str, _Writer] = {}
         for segment, record in reader.records():
             view.first_ns = view.first_ns or record.t_ns
@@ -293,11 +296,11 @@ class JournalView:
                 self.ends.append(End(record.request, record.tenant, self._last(record)))
 
     def _add_request(self, asked: Asked, writer: _Writer) -> None:
+        num_blocks = asked.depth + len(asked.hashes) // BLOCK_HASH_NBYTES
         self.requests.append(
             Request(
-                asked.t_ns, asked.request, asked.tenant, asked.adapter, writer.namespace, asked.num_tokens,
-                asked.depth + len(asked.hashes) // BLOCK_HASH_NBYTES, self._last(asked), asked.hits, asked.waited_s,
-                asked.is_late,
+                asked.t_ns, writer.opened.pid, asked.request, asked.tenant, asked.adapter, writer.namespace,
+                asked.num_tokens, num_blocks, self._last(asked), asked.hits, asked.waited_s, asked.is_late,
             )
         )  # fmt: skip
 

@@ -17,11 +17,11 @@ from typing import Annotated
 
 import typer
 
-from tools.commands import diff, dump, explain, gc, load, plot, purge, stat
+from tools.commands import diff, dump, explain, gc, load, plot, purge, report, stat, top
 from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
-from tools.options import Json, KeyFile, StoredPath
+from tools.options import Journal, Json, KeyFile, StoredPath
 from tools.plan.command import plan
 from tools.proxy.command import proxy
 
@@ -83,6 +83,8 @@ class Sort(StrEnum):
     BYTES = "bytes"
     OLDEST = "oldest"
     NEWEST = "newest"
+    REQUESTS = "requests"
+    HITS = "hits"
 
 
 @app.command()
@@ -96,24 +98,34 @@ def ls(
     namespace: Annotated[str, typer.Option(metavar="HEX", help="Only namespaces that begin so.")] = "",
     older_than: Annotated[str, typer.Option(metavar="AGE", help="Only where nothing is newer: 90s, 2h, 7d.")] = "0s",
     limit: Annotated[int | None, typer.Option(min=0, help="So many rows.")] = None,
+    journal: Journal = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Which prompts share which heads; needs --journal.")] = False,
 ) -> None:
     """Show what is stored, by namespace.
 
-    A row for each, with model, blocks, bytes and age. Reads no payload and writes nothing;
-    running stores are not disturbed.
+    A row for each, with model, blocks, bytes and age; with --journal also requests, hits and tenants. Reads no
+    payload and writes nothing; running stores are not disturbed.
 
     \b
     Example: kvstore ls /var/cache/kv --sort bytes --reverse --limit 5
     """
     with _errors():
+        from kvstore.errors import ConfigError
         from tools.ls import Chosen, list_stored
         from tools.output import parse_age, show
+        from tools.prefix_tree import prefix_tree
 
         chosen = Chosen(
             sort=sort.value, reverse=reverse, model=model, tier=tier, namespace=namespace,
             older_than_s=parse_age("--older-than", older_than), limit=limit,
         )  # fmt: skip
-        listing = list_stored(path, chosen)
+        if tree:
+            if journal is None:
+                raise ConfigError("--tree: which block follows which only a journal knows; give --journal too")
+            found = prefix_tree(path, journal, limit)
+            show(found.to_dict(), found.parts(), as_json=json)
+            return
+        listing = list_stored(path, chosen, journal)
         show(listing.to_dict(), listing.parts(), as_json=json)
 
 
@@ -231,6 +243,8 @@ app.command()(_errors()(explain))
 app.command()(_errors()(gc))
 app.command()(_errors()(purge))
 app.command()(_errors()(stat))
+app.command()(_errors()(top))
+app.command()(_errors()(report))
 app.command()(_errors()(plan))
 app.command()(_errors()(demo_vllm))
 app.command()(_errors()(demo_p2p))

@@ -132,7 +132,9 @@ def diff(
 
 
 def plot(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A store's directory, or a file of kvstore dump.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A store's directory, a journal, or a file of kvstore dump.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The PNG file to write.")],
     key: Keys = None,
     keys: KeysFile = None,
@@ -145,21 +147,33 @@ def plot(
     json: Json = False,
     integrity_key_file: KeyFile = None,
 ) -> None:
-    """Draw K and V as heat maps.
+    """Draw K and V as heat maps, or a journal over time.
 
-    The norms of key and value vectors, by layer and head and by layer and token. A head that is dead, a layer that
-    has gone wild, or a token that all others look at is seen at once.
+    The norms of key and value vectors, by layer and head and by layer and token: a head that is dead, or a layer that
+    has gone wild, is seen at once. Of a journal: how full each tier is, and what was found where, over time.
 
     \b
     Example: kvstore plot prompt.safetensors --out prompt.png
     """
+    from kvstore.journal import is_journal
+    from tools.figures import save
     from tools.output import lines, show
+
+    if is_journal(path):
+        from kvstore.journal_view import JournalView
+        from tools.timeline import draw as draw_timeline
+
+        view = JournalView.of(path)
+        save(draw_timeline(view), "--out", out)
+        show({"file": str(out), "requests": len(view.requests), "samples": len(view.samples)},
+             lines(f"{len(view.requests)} requests are drawn in {out}"), as_json=json)  # fmt: skip
+        return
     from tools.plot import draw, norms
 
     is_chosen = bool(key or keys or tokens or text is not None or request is not None)
     choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal) if is_chosen else None
     found = norms(path, choice, integrity_key_file)
-    draw(found, out)
+    save(draw(found), "--out", out)
     data = {"file": str(out), "blocks": found.num_blocks, "tokens": found.of_tokens.shape[-1],
             "norm_by_head": found.of_heads.tolist()}  # fmt: skip
     show(data, lines(f"{found.num_blocks} blocks are drawn in {out}"), as_json=json)
@@ -273,17 +287,20 @@ def _remove(
         raise typer.Exit(130)
 
 
-def stat(path: StoredPath, json: Json = False) -> None:
+def stat(path: StoredPath, journal: Journal = None, json: Json = False) -> None:
     """Show how full each tier is, a line each.
 
+    With --journal also the tiers of each server, host memory too: used, pinned, hit rate, and how long ago what is
+    hit was asked for before.
+
     \b
-    Example: kvstore stat /var/cache/kv
+    Example: kvstore stat /var/cache/kv --journal /var/lib/kv-journal
     """
     from tools.output import show
     from tools.stat import stat as look
 
-    data, parts = look(path)
-    show(data, parts, as_json=json)
+    found = look(path, journal)
+    show(found.to_dict(), found.parts(), as_json=json)
 
 
 def explain(
@@ -316,3 +333,52 @@ def explain(
     found = look(path, choice, journal=journal, model=model, other_tenants=other_tenant or (),
                  integrity_key_file=integrity_key_file)  # fmt: skip
     show(found.to_dict(), found.parts(), as_json=json)
+
+
+def top(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The servers' journal, or a store's directory.")],
+    interval: Annotated[float, typer.Option(min=0.2, max=3600.0, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show it once, and end.")] = False,
+    json: Json = False,
+) -> None:
+    """Watch servers, or a store.
+
+    Of a journal: each server's tiers, what they read, write and evict a second, and the last requests with what was
+    found of them. Of a directory: how full it is. Ctrl-C ends it.
+
+    \b
+    Example: kvstore top /var/lib/kv-journal
+    """
+    from tools.output import show
+    from tools.top import look, watch
+
+    if once or json:
+        data, parts = look(path)
+        show(data, parts, as_json=json)
+    else:
+        watch(path, interval)
+
+
+def report(
+    path: StoredPath,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The HTML file to write.")],
+    journal: Journal = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan from this, and not from the journal.")
+    ] = None,
+    json: Json = False,
+    integrity_key_file: KeyFile = None,
+) -> None:
+    """Write one HTML page with all of it.
+
+    The tables and pictures of stat, ls, plot and plan, in a file that loads nothing from anywhere and can be sent.
+
+    \b
+    Example: kvstore report /var/cache/kv --journal /var/lib/kv-journal --out report.html
+    """
+    from tools.output import lines, show, size
+    from tools.report.report import make, summary, write
+
+    made = make(path, journal, trace, integrity_key_file)
+    nbytes = write(made, out)
+    show(summary(made, nbytes, out), lines(f"{out}: {len(made.sections)} sections, {size(nbytes)}"), as_json=json)

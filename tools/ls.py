@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any, Final
 
 from rich.console import RenderableType
 
+from kvstore.journal_view import JournalView
 from kvstore.tiers.catalog import Catalog, Summary
 from tools.output import age, lines, progress, size, table
 from tools.places import find_catalogs
 
 COLUMNS = ("model", "tier", "path", "namespace", "blocks", "bytes", "oldest", "newest", "state")
+JOURNAL_COLUMNS = ("requests", "hits", "tenants")
+_MOST_TENANTS: Final = 8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,6 +29,7 @@ class Row:
         model, revision, dtype, block_size: None where the directory's description is damaged.
         state: "served"; "old epoch": only stores that wrote it since their reset find it.
         oldest_s, newest_s: since chunks were stored (disk) or last used, to the hour (shared).
+        requests, hit_blocks, tenants: that a journal knows of the namespace; None without one.
     """
 
     tier: str
@@ -40,6 +45,20 @@ class Row:
     nbytes: int
     oldest_s: float
     newest_s: float
+    requests: int | None = None
+    hit_blocks: int | None = None
+    tenants: dict[str, int] | None = None
+
+    def cells(self) -> tuple[object, ...]:
+        """For people; see `COLUMNS` and, with a journal, `JOURNAL_COLUMNS`."""
+        model = f"{self.model}@{str(self.revision)[:12]}" if self.model is not None else "?"
+        asked: tuple[object, ...] = ()
+        if self.tenants is not None:
+            asked = (self.requests, self.hit_blocks, len(self.tenants.keys() - {""}))
+        return (
+            model, self.tier, self.path, self.namespace[:12], self.blocks, size(self.nbytes), age(self.oldest_s),
+            age(self.newest_s), self.state, *asked,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +67,32 @@ class Listing:
 
     rows: list[Row]
     problems: dict[str, list[str]]
+    has_journal: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {"namespaces": [asdict(row) for row in self.rows], "problems": self.problems}
 
+    def columns(self) -> tuple[str, ...]:
+        return (*COLUMNS, *(JOURNAL_COLUMNS if self.has_journal else ()))
+
     def parts(self) -> Iterator[RenderableType]:
         """For people."""
         if self.rows:
-            yield table("", COLUMNS, (_cells(row) for row in self.rows), left=4)
+            yield table("", self.columns(), (row.cells() for row in self.rows), left=4)
+            yield from self._tenants()
         else:
             yield from lines("nothing is stored")
         yield from problem_lines(self.problems)
+
+    def _tenants(self) -> Iterator[RenderableType]:
+        """Who asks most, of the tenants that the journal knows."""
+        counts = Counter[str]()
+        for tenants in {row.namespace: row.tenants or {} for row in self.rows}.values():
+            counts.update(tenants)
+        if set(counts) - {""}:
+            most = counts.most_common(_MOST_TENANTS)
+            said = ", ".join(f"{tenant or 'no tenant'} {n}" for tenant, n in most)
+            yield from lines(f"requests by tenant: {said}{', ...' if len(counts) > len(most) else ''}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,21 +133,41 @@ SORTS: Final[dict[str, Callable[[Row], Any]]] = {
     "bytes": lambda row: row.nbytes,
     "oldest": lambda row: row.oldest_s,
     "newest": lambda row: row.newest_s,
+    "requests": lambda row: row.requests or 0,
+    "hits": lambda row: row.hit_blocks or 0,
 }
 
 
-def list_stored(path: Path, chosen: Chosen | None = None) -> Listing:
+def list_stored(path: Path, chosen: Chosen | None = None, journal: Path | None = None) -> Listing:
     """What is stored in a directory, or in those right below it.
 
     Raises:
-        ConfigError: there is nothing of a tier there.
+        ConfigError: there is nothing of a tier there, or no journal.
     """
     catalogs, rows = find_catalogs(path), []
     for catalog in catalogs:
         with progress(f"{catalog.tier} {catalog.path}", None) as advance:
             found = catalog.summary(advance)
         rows += [_row(summary, time.time_ns()) for summary in found]
-    return Listing((chosen or Chosen()).rows(rows), problems_of(catalogs))
+    problems = problems_of(catalogs)
+    if journal is not None:
+        view = JournalView.of(journal)
+        _add_requests(rows, view)
+        problems |= {f"journal: {journal}": view.problems} if view.problems else {}
+    return Listing((chosen or Chosen()).rows(rows), problems, journal is not None)
+
+
+def _add_requests(rows: Sequence[Row], view: JournalView) -> None:
+    requests, hits = Counter[str](), Counter[str]()
+    tenants: dict[str, Counter[str]] = defaultdict(Counter)
+    for request in view.requests:
+        namespace = request.namespace.hex()
+        requests[namespace] += 1
+        hits[namespace] += request.num_hits
+        tenants[namespace][request.tenant] += 1
+    for row in rows:
+        row.requests, row.hit_blocks = requests[row.namespace], hits[row.namespace]
+        row.tenants = dict(tenants[row.namespace].most_common())
 
 
 def problems_of(catalogs: Sequence[Catalog]) -> dict[str, list[str]]:
@@ -145,9 +199,3 @@ def _row(summary: Summary, now_ns: int) -> Row:
         oldest_s=max(0.0, (now_ns - summary.oldest_ns) / 1e9),
         newest_s=max(0.0, (now_ns - summary.newest_ns) / 1e9),
     )
-
-
-def _cells(row: Row) -> tuple[object, ...]:
-    model = f"{row.model}@{str(row.revision)[:12]}" if row.model is not None else "?"
-    ages = (age(row.oldest_s), age(row.newest_s))
-    return (model, row.tier, row.path, row.namespace[:12], row.blocks, size(row.nbytes), *ages, row.state)

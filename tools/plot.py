@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from kvstore.errors import ConfigError, MissingExtraError
+from kvstore.errors import ConfigError
 from kvstore.prefix_file import PrefixFile
 from tools.blocks import Choice, NotStoredError, find, read_any
+from tools.figures import new_figure
 from tools.output import progress
 from tools.places import find_catalogs
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MOST_TOKENS: Final = 1 << 20
 _MOST_COLUMNS: Final = 2048
-_DPI: Final = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +83,21 @@ def _blocks(path: Path, choice: Choice | None, key_file: str | None) -> tuple[li
     ], f"{model}, from block {str(found[0][0].key)[:12]}"
 
 
-def draw(found: Norms, out: Path) -> None:
-    """Write the picture, PNG.
+def draw(found: Norms) -> Figure:
+    """The picture; see `tools.figures` for writing it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise MissingExtraError("matplotlib", "plot") from e
-    from matplotlib.figure import Figure
-
     names = ("K", "V") if found.of_heads.shape[1] == 2 else ("latent",)
-    with matplotlib.rc_context({"font.size": 10, "axes.titlesize": 11}):
-        figure = Figure(figsize=(12, 3.8 * len(names)), layout="constrained")
-        figure.suptitle(
-            f"{found.title}: {found.num_blocks} blocks, {found.of_tokens.shape[-1]} tokens".replace("$", " ")
-        )
-        grid = figure.add_gridspec(len(names), 2, width_ratios=(1, 2))
-        for row, name in enumerate(names):
-            _map(figure, grid[row, 0], found.of_heads[:, row], f"{name}: norm by head", "KV head", whole=True)
-            _map(figure, grid[row, 1], _thinned(found.of_tokens[:, row]), f"{name}: norm by token", "token",
-                 extent=found.of_tokens.shape[-1])  # fmt: skip
-        try:
-            figure.savefig(out, format="png", dpi=_DPI)
-        except OSError as e:
-            raise ConfigError(f"--out: {str(out)!r} cannot be written ({e.strerror})") from e
+    figure = new_figure(12, 3.8 * len(names))
+    figure.suptitle(f"{found.title}: {found.num_blocks} blocks, {found.of_tokens.shape[-1]} tokens".replace("$", " "))
+    grid = figure.add_gridspec(len(names), 2, width_ratios=(1, 2))
+    for row, name in enumerate(names):
+        _map(figure, grid[row, 0], found.of_heads[:, row], f"{name}: norm by head", "KV head", whole=True)
+        _map(figure, grid[row, 1], _thinned(found.of_tokens[:, row]), f"{name}: norm by token", "token",
+             extent=found.of_tokens.shape[-1])  # fmt: skip
+    return figure
 
 
 def _map(

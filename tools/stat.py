@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
+from kvstore.journal_view import JournalView
 from kvstore.tiers.catalog import Catalog
 from kvstore.tiers.disk_dir import is_in_use
 from kvstore.tiers.disk_header import read_header
+from tools import journal_stats
+from tools.journal_stats import TierUse, tier_uses
 from tools.ls import problem_lines, problems_of
 from tools.output import age, progress, size, table
 from tools.places import find_catalogs
@@ -43,18 +47,51 @@ class Line:
     oldest_s: float | None
     newest_s: float | None
 
+    def cells(self) -> tuple[object, ...]:
+        """For people; see `COLUMNS`."""
+        capacity = self.capacity_nbytes
+        full = f"{self.used_nbytes / capacity:.0%}" if capacity else "-"
+        ages = ("-" if seconds is None else age(seconds) for seconds in (self.oldest_s, self.newest_s))
+        return (
+            self.tier, self.path, self.state, size(self.used_nbytes), "-" if capacity is None else size(capacity), full,
+            size(self.on_disk_nbytes), self.chunks, self.blocks, *ages,
+        )  # fmt: skip
 
-def stat(path: Path) -> tuple[dict[str, Any], list[RenderableType]]:
-    """Of every directory, as data and for people.
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """Of every directory and, with a journal, of every server's tiers."""
+
+    lines: list[Line]
+    servers: list[TierUse] | None
+    problems: dict[str, list[str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"tiers": [asdict(line) for line in self.lines], "problems": self.problems}
+        return data if self.servers is None else {**data, "servers": [use.to_dict() for use in self.servers]}
+
+    def parts(self) -> Iterator[RenderableType]:
+        """For people."""
+        yield table("", COLUMNS, (line.cells() for line in self.lines), left=3)
+        if self.servers is not None:
+            cells = (use.cells() for use in self.servers)
+            yield table("servers, as the journal knows them", journal_stats.COLUMNS, cells, left=4)
+        yield from problem_lines(self.problems)
+
+
+def stat(path: Path, journal: Path | None = None) -> Stat:
+    """Look at them.
 
     Raises:
-        ConfigError: there is nothing of a tier there.
+        ConfigError: there is nothing of a tier there, or no journal.
     """
     catalogs = find_catalogs(path)
-    found = [_line(catalog) for catalog in catalogs]
-    problems = problems_of(catalogs)
-    parts: list[RenderableType] = [table("", COLUMNS, map(_cells, found), left=3), *problem_lines(problems)]
-    return {"tiers": [asdict(line) for line in found], "problems": problems}, parts
+    found, problems, servers = [_line(catalog) for catalog in catalogs], problems_of(catalogs), None
+    if journal is not None:
+        view = JournalView.of(journal)
+        servers = tier_uses(view)
+        problems |= {f"journal: {journal}": view.problems} if view.problems else {}
+    return Stat(found, servers, problems)
 
 
 def _line(catalog: Catalog) -> Line:
@@ -88,11 +125,3 @@ def _on_disk(catalog: Catalog) -> int:
         except OSError:
             continue
     return total
-
-
-def _cells(line: Line) -> tuple[object, ...]:
-    capacity = line.capacity_nbytes
-    full = f"{line.used_nbytes / capacity:.0%}" if capacity else "-"
-    ages = ("-" if seconds is None else age(seconds) for seconds in (line.oldest_s, line.newest_s))
-    return (line.tier, line.path, line.state, size(line.used_nbytes), "-" if capacity is None else size(capacity), full,
-            size(line.on_disk_nbytes), line.chunks, line.blocks, *ages)  # fmt: skip

@@ -70,7 +70,7 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(COMMANDS) == {
         "demo", "demo-vllm", "demo-p2p", "ls", "inspect", "verify", "bench", "proxy", "keygen",
-        "dump", "explain", "load", "diff", "plot", "gc", "purge", "stat", "plan",
+        "dump", "explain", "load", "diff", "plot", "gc", "purge", "stat", "plan", "report", "top",
     }  # fmt: skip
     assert all(f"  {command} " in done.stdout for command in COMMANDS)
     assert done.stdout.splitlines()[-1] == "False"

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
-from kvstore.errors import ConfigError, MissingExtraError
+from tools.figures import new_figure
 from tools.output import size
 from tools.plan.plan import BEST, Plan
 
-_DPI: Final = 120
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _times(factor: float) -> Any:
     return lambda value: value * factor
 
 
-def draw(plan: Plan, out: Path) -> None:
-    """Write a PNG.
+def draw(plan: Plan) -> Figure:
+    """The figure; see `tools.figures` for writing it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MissingExtraError("matplotlib", "plot") from e
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    figure = new_figure(10, 5.6)
     axes = figure.add_subplot()
     for name, rates in plan.hit_rates.items():
         style: dict[str, Any] = {"linestyle": "--", "color": "black"} if name == BEST else {"marker": "o"}
@@ -54,7 +49,4 @@ def draw(plan: Plan, out: Path) -> None:
         above = axes.secondary_xaxis("top", functions=(_times(nbytes), _times(1 / nbytes)))
         above.xaxis.set_major_formatter(lambda value, _: size(value))
         above.set_xlabel("bytes")
-    try:
-        figure.savefig(out, format="png", dpi=_DPI)
-    except OSError as e:
-        raise ConfigError(f"--chart: {str(out)!r} cannot be written ({e.strerror})") from e
+    return figure

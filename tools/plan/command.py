@@ -11,9 +11,11 @@ from tools.options import Json
 
 
 def plan(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="JSON lines, a request each, with hash_ids.")],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="JSON lines, a request each, with hash_ids; or a journal.")
+    ],
     block_bytes: Annotated[
-        str | None, typer.Option("--block-bytes", metavar="SIZE", help="Of one block, as kvstore inspect shows.")
+        str | None, typer.Option("--block-bytes", metavar="SIZE", help="Of one block; a journal says it itself.")
     ] = None,
     policies: Annotated[str, typer.Option(metavar="NAMES", help="Of eviction.")] = "lru,arc,s3fifo",
     capacities: Annotated[str, typer.Option(metavar="BLOCKS", help="By default eight.")] = "",
@@ -34,8 +36,9 @@ def plan(
     from tools.output import parse_size, show
     from tools.plan.plan import Question, names, numbers
     from tools.plan.plan import plan as make
+    from tools.plan.trace import block_nbytes_of
 
-    nbytes = None if block_bytes is None else max(1, parse_size("--block-bytes", block_bytes))
+    nbytes = block_nbytes_of(trace) if block_bytes is None else max(1, parse_size("--block-bytes", block_bytes))
 
     def blocks(option: str, text: str | None) -> int | None:
         if text is None:
@@ -54,7 +57,8 @@ def plan(
         ),
     )
     if chart is not None:
+        from tools.figures import save
         from tools.plan.chart import draw
 
-        draw(made, chart)
+        save(draw(made), "--chart", chart)
     show(made.to_dict(), made.parts(), as_json=json)

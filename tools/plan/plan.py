@@ -83,19 +83,24 @@ class Plan:
             f"{self.requests:,} requests ask for {self.blocks_asked:,} blocks, {self.distinct_blocks:,} distinct ones; "
             f"at most {self.most:.1%} can be hits{sampled}"
         )
-        names = list(self.hit_rates)
-        rows = [
-            [f"{n:,}", "" if self.block_nbytes is None else size(n * self.block_nbytes),
-             *(f"{self.hit_rates[name][i]:.1%}" for name in names)]
-            for i, n in enumerate(self.capacities)
-        ]  # fmt: skip
-        yield table("hit rate by capacity of a tier", ("blocks", "bytes", *names), rows, left=0)
+        yield table("hit rate by capacity of a tier", self.columns(), self.rows(), left=0)
         for advice in self.advice:
             yield from lines(self._said(advice))
         for tier, rates in self.budgets.items():
             option = "num_cpu_blocks" if tier == "host" else "disk blocks"
             found = ", ".join(f"{policy} {rate:.1%}" for policy, rate in rates.items())
             yield from lines(f"{tier} budget, {option} {self.budget_blocks[tier]:,}: {found}")
+
+    def columns(self) -> tuple[str, ...]:
+        return ("blocks", "bytes", *self.hit_rates)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """By capacity, for people."""
+        return [
+            (f"{n:,}", "" if self.block_nbytes is None else size(n * self.block_nbytes),
+             *(f"{rates[i]:.1%}" for rates in self.hit_rates.values()))
+            for i, n in enumerate(self.capacities)
+        ]  # fmt: skip
 
     def _said(self, advice: Advice) -> str:
         if advice.num_blocks is None:

@@ -6,6 +6,7 @@ The format of the Mooncake traces. Lines are bounded, and what is none is refuse
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import ConfigError
+from kvstore.journal_view import JournalView
+from kvstore.stored_format import StoredFormat
 from tools.output import progress
 
 MAX_LINE_NBYTES: Final = 16 << 20
@@ -77,11 +80,13 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """All of a file.
+    """All of a file, or of a journal's directory.
 
     Raises:
         ConfigError: it cannot be read, or a line is no request; says which.
     """
+    if path.is_dir():
+        return trace_of(JournalView.of(path))
     decoder = msgspec.json.Decoder(_Line)
     parts: list[NDArray[np.int64]] = []
     lengths: list[int] = []
@@ -113,6 +118,35 @@ def read_trace(path: Path) -> Trace:
     if not total:
         raise ConfigError(f"TRACE: {path} has no requests; give JSON lines with hash_ids")
     return Trace(np.concatenate(parts), np.concatenate(([0], np.cumsum(lengths))).astype(np.int64))
+
+
+def trace_of(view: JournalView) -> Trace:
+    """The requests of a journal; its blocks' numbers are the view's nodes.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    parts, lengths, total = [], [], 0
+    with progress("reading the journal", len(view.requests)) as advance:
+        for nodes in view.prompts():
+            advance(1)
+            if nodes and total + len(nodes) <= MAX_ACCESSES:
+                parts.append(np.array(nodes, dtype=np.int64))
+                lengths.append(len(nodes))
+                total += len(nodes)
+    if not parts:
+        raise ConfigError(f"TRACE: the journal {view.path} has no requests of a full block")
+    return Trace(np.concatenate(parts), np.concatenate(([0], np.cumsum(lengths))).astype(np.int64))
+
+
+def block_nbytes_of(path: Path) -> int | None:
+    """Of a journal's blocks; None where the path is no journal, or its identities do not say."""
+    if not path.is_dir():
+        return None
+    for one in reversed(JournalView.of(path).opened):
+        with suppress(ValueError):
+            return StoredFormat.of(one.content, one.placed).layout.block_nbytes
+    return None
 
 
 def _ids(decoder: msgspec.json.Decoder[_Line], line: bytes, number: int, path: Path) -> list[int]:

@@ -1,0 +1,1 @@
+"""`kvstore report`: one page with all that the other commands show."""
