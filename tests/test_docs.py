@@ -23,6 +23,7 @@ import pytest
 
 from kvstore import StoreConfig
 from kvstore.config_source import _leaves
+from tests.journals import serve
 from tests.small import LAYOUT, NUM_BLOCKS, copy_store
 from tools.blocks import Choice
 from tools.dump import dump_blocks
@@ -75,7 +76,9 @@ EXAMPLES = [pytest.param(block.text, id=block.name) for block in blocks("python"
 
 @pytest.fixture
 def folder(small_store: Path, small_model: Path, tmp_path: Path) -> Path:
-    """Where readers are: in a folder with ./kv, ./my-model, ./prompt.json and what was dumped of it, ./trace.jsonl."""
+    """Where readers are: in a folder with ./kv, ./my-model, ./prompt.json and what was dumped of it, ./trace.jsonl, and
+    ./journal of a store that has served some requests."""
+    serve(tmp_path / "served", tmp_path / "journal")
     requests = [[i % 7, 100 + i % 5, 200 + i] for i in range(50)]
     (tmp_path / "trace.jsonl").write_text("\n".join(json.dumps({"hash_ids": ids}) for ids in requests))
     copy_store(small_store, tmp_path / "kv")

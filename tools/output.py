@@ -98,7 +98,12 @@ def parse_size(option: str, text: str) -> int:
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, if that is a terminal, while something long runs; call what it yields with steps done."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.advance(task, steps)

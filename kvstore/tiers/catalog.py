@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from kvstore.keys import BlockKey, array_to_keys
 from kvstore.slot import SlotCodec
 from kvstore.stored_format import StoredFormat
+
+_MOST_PROBLEMS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +158,7 @@ class Catalog(ABC):
         """Read and verify one chunk; its row is there also where it is bad, if it can be read."""
 
     def _problem(self, text: str) -> None:
-        if text not in self.problems:
+        if text not in self.problems and len(self.problems) < _MOST_PROBLEMS:
             self.problems.append(text)
 
 

@@ -20,7 +20,7 @@ from kvstore.direct_io import open_direct, preadv_full
 from kvstore.slot import ALIGNMENT, FOOTER, MAGIC, SlotCodec
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog, Space, StoredChunk, Summary, Verdict, why_bad
-from kvstore.tiers.disk_dir import is_in_use
+from kvstore.tiers.disk_dir import is_in_use, link_in
 from kvstore.tiers.disk_header import DirectoryHeader, read_header
 from kvstore.tiers.disk_index import Records, empty_records, joined
 from kvstore.tiers.index_stream import UnreadableIndexError, stream_index
@@ -184,8 +184,10 @@ class DiskCatalog(Catalog):
 
     def _fold_index(self, fmt: StoredFormat, fold: Callable[[Iterator[Records]], T]) -> T | None:
         """What becomes of the index, piece by piece; None where it cannot be read. May be tried again."""
-        file, problem = self.path / "index" / "data.mdb", "missing"
-        if not file.is_symlink() and file.is_file():
+        file, problem, link = self.path / "index" / "data.mdb", "missing", link_in(self.path)
+        if link is not None and link.startswith("index"):
+            problem = f"{link} is a link, and not followed"
+        elif file.is_file():
             for attempt in range(_ATTEMPTS):
                 # In use: join its readers, or pages could be reused under us. The last try goes
                 # without, for a lock file of another user or another PID namespace.

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import struct
 import time
 import weakref
@@ -78,6 +79,19 @@ class Home:
             return same_device or (self.mount_point != "/" and os.path.ismount(self.mount_point))
         except OSError:
             return False
+
+
+def link_in(path: Path) -> str | None:
+    """The first of a directory's own files that is a link, or has a second name: reading or writing it would reach
+    out of the directory; None where there is none."""
+    for name in ("store.json", "locks", "data", "index", "index/data.mdb", "index/lock.mdb"):
+        try:
+            status = (path / name).lstat()
+        except OSError:
+            continue
+        if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
+            return name
+    return None
 
 
 class DiskDirectory:

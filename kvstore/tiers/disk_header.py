@@ -10,6 +10,7 @@ from typing import Any, Final
 
 _FORMAT: Final = "kvstore disk tier"
 _MAX_NBYTES: Final = 1 << 20
+_MOST: Final = 1 << 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,11 @@ def read_header(path: Path) -> DirectoryHeader | None:
         )
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
-    return header if raw.get("format") == _FORMAT and header.slot_nbytes > 0 and header.num_slots > 0 else None
+    return (
+        header
+        if raw.get("format") == _FORMAT and 0 < header.slot_nbytes <= _MOST and 0 < header.num_slots <= _MOST
+        else None
+    )
 
 
 def write_header(path: Path, header: DirectoryHeader) -> None:

@@ -123,11 +123,10 @@ class DiskVolume:
     def remove(self, slots: Slots, generations: NDArray[np.uint64]) -> int:
         """Delete the entries of these slots for good, where they still hold these generations; returns how many."""
         self.view.refresh()
-        records = self.index.scan()
-        at = np.searchsorted(slots, records.slots)
-        at[at == len(slots)] = 0
-        mine = (slots[at] == records.slots) & (generations[at] == records.generations) if len(slots) else at == -1
-        records = records.at(np.flatnonzero(mine))
+        order = np.argsort(slots)
+        slots, generations = slots[order], generations[order]
+        records = self.index.get(slots)
+        records = records.at(records.generations == generations[np.searchsorted(slots, records.slots)])
         self.writer.delete(records)
         self.writer.erase(np.unique(void_keys(records.keys)), records.slots)
         return len(records)

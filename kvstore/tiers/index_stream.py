@@ -4,11 +4,11 @@ the index's reader kills the child."""
 from __future__ import annotations
 
 import contextlib
+import select
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvstore.tiers.disk_index import RecordFormat, Records
 
 _DUMP_SCRIPT: Final = Path(__file__).with_name("lmdb_dump.py")
-_TIMEOUT_S: Final = 120.0
+_TIMEOUT_S: Final = 120.0  # without a word
 _PIECE_NBYTES: Final = 1 << 20
 _LENGTHS: Final = struct.Struct("=II")
 _KEY_NBYTES: Final = 8
@@ -41,27 +41,24 @@ def stream_index(path: Path, mode: str, blocks_per_chunk: int) -> Iterator[Recor
     command = [sys.executable, "-I", str(_DUMP_SCRIPT), str(path), mode]
     with tempfile.TemporaryFile() as errors, contextlib.ExitStack() as stack:
         child = stack.enter_context(
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
-        )
-        stack.callback(child.kill)  # who stops early reads no further
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            child.kill()
-
-        timer = threading.Timer(_TIMEOUT_S, end)
-        timer.start()
-        stack.callback(timer.cancel)
+            subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, bufsize=0,
+                start_new_session=True,
+            )
+        )  # fmt: skip
+        stack.callback(child.kill)  # who stops early, or is interrupted, reads no further
         assert child.stdout is not None
         frames = _Frames(RecordFormat.of(blocks_per_chunk))
-        while data := child.stdout.read(_PIECE_NBYTES):
+        while True:
+            if not select.select([child.stdout], [], [], _TIMEOUT_S)[0]:
+                raise UnreadableIndexError(f"nothing came of it for {_TIMEOUT_S:g} s")
+            data = child.stdout.read(_PIECE_NBYTES)
+            if not data:
+                break
             yield frames.feed(data)
-        code = child.wait()
+        code = child.wait(_TIMEOUT_S)
         errors.seek(0)
         message = errors.read(1 << 16).decode(errors="replace").strip()[-_MESSAGE_NBYTES:]
-    if late.is_set():
-        raise UnreadableIndexError(f"reading it took more than {_TIMEOUT_S:g} s")
     if code < 0:
         raise UnreadableIndexError(f"reading it was killed by signal {-code}")
     if code:

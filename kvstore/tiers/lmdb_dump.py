@@ -14,30 +14,35 @@ from collections.abc import Iterator
 import lmdb
 
 MAPPED_NBYTES = 64 << 20
+BATCH = 8192
 
 
 def records(path: str, *, lock: bool) -> Iterator[tuple[bytes, bytes]]:
     """Every record of the slots database; raises lmdb.Error where it is damaged.
 
-    The file is mapped anew now and then: pages that were read would else stay in memory.
+    What is read as one is copied before it is written on: who reads slowly keeps no page of a running store. The
+    file is mapped anew now and then: pages that were read would else stay in memory.
     """
     last = b""
     while True:
         left = MAPPED_NBYTES
         with lmdb.open(path, readonly=True, lock=lock, max_dbs=8, create=False) as env:
             slots = env.open_db(b"slots", create=False)
-            with env.begin(db=slots) as txn:
-                cursor = txn.cursor()
-                is_there = cursor.set_range(last) if last else cursor.first()
-                if is_there and last and bytes(cursor.key()) == last:
-                    is_there = cursor.next()
-                while is_there and left > 0:
-                    key, value = cursor.item()
-                    yield key, value
-                    last, left = bytes(key), left - len(value)
-                    is_there = cursor.next()
+            while left > 0:
+                batch: list[tuple[bytes, bytes]] = []
+                with env.begin(db=slots) as txn:
+                    cursor = txn.cursor()
+                    is_there = cursor.set_range(last) if last else cursor.first()
+                    if is_there and last and bytes(cursor.key()) == last:
+                        is_there = cursor.next()
+                    while is_there and len(batch) < BATCH:
+                        batch.append(cursor.item())
+                        is_there = cursor.next()
+                yield from batch
                 if not is_there:
                     return
+                last = bytes(batch[-1][0])
+                left -= sum(len(value) for _, value in batch)
 
 
 def main(path: str, mode: str) -> None:

@@ -7,11 +7,13 @@ its collector does. A chunk that has changed since it was listed is left alone.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -25,13 +27,14 @@ from kvstore.stored_format import StoredFormat
 from kvstore.tiers import lmdb_env
 from kvstore.tiers.catalog import Catalog, Space, StoredChunk
 from kvstore.tiers.disk_catalog import DiskCatalog
-from kvstore.tiers.disk_dir import is_in_use
+from kvstore.tiers.disk_dir import is_in_use, link_in
 from kvstore.tiers.disk_header import read_header
 from kvstore.tiers.disk_keeper import VolumeKeeper
-from kvstore.tiers.disk_volume import VolumeConfig
+from kvstore.tiers.disk_volume import DiskVolume, VolumeConfig
 
 _OPEN_S: Final = 60.0
 _REMOVE_S: Final = 3600.0
+_BATCHES, _LEAST_BATCH = 16, 1024  # chunks
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -94,22 +97,43 @@ class _DiskCandidates(Candidates):
     def remove(self, where: NDArray[np.bool_], progress: Callable[[int], None]) -> int:
         if not where.any():
             return 0
+        _refuse_links(self._path)
         header = read_header(self._path)
         problem = lmdb_env.check(self._path / "index")
         if header is None or problem:
             raise RemovalError(f"{self._path}: the index is damaged ({problem}); kvstore verify --repair mends it")
         keeper = keeper_of(self._path, StoredFormat.of(header.content, header.placement), header.num_slots,
                            self._integrity_key)  # fmt: skip
+        slots, generations = self._slots[where], self._generations[where]
         try:
-            slots, generations = self._slots[where], self._generations[where]
-            deadline = time.monotonic() + _REMOVE_S
-            removed = keeper.write_by(deadline, lambda volume: volume.remove(slots, generations))
+            return _remove(keeper, slots, generations, progress)
         finally:
             keeper.close(_OPEN_S)
-        if removed is None:
-            raise RemovalError(f"{self._path} could not be written: {keeper.health.last_error}")
-        progress(removed)
-        return removed
+
+
+def _remove(
+    keeper: VolumeKeeper, slots: NDArray[np.int64], generations: NDArray[np.uint64], progress: Callable[[int], None]
+) -> int:
+    """In some batches, between which it can be interrupted: for each all free slots' trailers are looked through."""
+    removed, step = 0, max(_LEAST_BATCH, -(-len(slots) // _BATCHES))
+    for at in range(0, len(slots), step):
+        part = slots[at : at + step], generations[at : at + step]
+        n = keeper.write_by(time.monotonic() + _REMOVE_S, functools.partial(_remove_part, part))
+        if n is None:
+            raise RemovalError(f"the directory could not be written: {keeper.health.last_error}")
+        removed += n
+        progress(n)
+    return removed
+
+
+def _remove_part(part: tuple[NDArray[np.int64], NDArray[np.uint64]], volume: DiskVolume) -> int:
+    return volume.remove(*part)
+
+
+def _refuse_links(path: Path) -> None:
+    link = link_in(path)
+    if link is not None:
+        raise RemovalError(f"{path / link} is a link, or has a second name elsewhere: nothing is written through it")
 
 
 def keeper_of(path: os.PathLike[str], fmt: StoredFormat, num_slots: int, integrity_key: bytes | None) -> VolumeKeeper:
@@ -136,6 +160,7 @@ def repair(catalog: Catalog, bad: Sequence[StoredChunk], integrity_key: bytes | 
     """
     if not isinstance(catalog, DiskCatalog):
         return sum(map(_unlink, bad))
+    _refuse_links(catalog.path)
     header, problem = read_header(catalog.path), lmdb_env.check(catalog.path / "index")
     if header is None:
         raise RemovalError(f"{catalog.path}: store.json is damaged: what is stored there cannot be told")
@@ -147,12 +172,9 @@ def repair(catalog: Catalog, bad: Sequence[StoredChunk], integrity_key: bytes | 
         named = sorted((chunk.slot, chunk.generation) for chunk in bad)
         slots = np.array([slot for slot, _ in named], dtype=np.int64)
         generations = np.array([generation for _, generation in named], dtype=np.uint64)
-        removed = keeper.write_by(time.monotonic() + _REMOVE_S, lambda volume: volume.remove(slots, generations))
+        return _remove(keeper, slots, generations, lambda n: None)
     finally:
         keeper.close(_OPEN_S)
-    if removed is None:
-        raise RemovalError(f"{catalog.path} could not be written: {keeper.health.last_error}")
-    return removed
 
 
 class _SharedCandidates(Candidates):
@@ -165,7 +187,7 @@ class _SharedCandidates(Candidates):
         self.nbytes = np.array([chunk.nbytes for chunk in self._chunks], dtype=np.int64)
         most = max((len(chunk.key_bytes) for chunk in self._chunks), default=KEY_NBYTES)
         padded = b"".join(chunk.key_bytes.ljust(most, b"\0") for chunk in self._chunks)
-        self.keys = np.frombuffer(padded, dtype=np.uint8).reshape(len(self._chunks), -1, KEY_NBYTES)
+        self.keys = np.frombuffer(padded, dtype=np.uint8).reshape(len(self._chunks), most // KEY_NBYTES, KEY_NBYTES)
 
     def remove(self, where: NDArray[np.bool_], progress: Callable[[int], None]) -> int:
         removed = 0

@@ -289,6 +289,34 @@ def test_symlinks_are_not_followed(kv: Path, tmp_path: Path) -> None:
     assert tree(outside) == before
 
 
+@pytest.mark.parametrize("name", ["index", "index/data.mdb", "index/lock.mdb", "data", "locks", "store.json"])
+@pytest.mark.parametrize("kind", ["symlink", "second name"])
+def test_nothing_is_written_through_a_link(kv: Path, tmp_path: Path, name: str, kind: str) -> None:
+    inside, outside = kv / "disk" / name, tmp_path / "outside"
+    if kind == "symlink":
+        inside.rename(outside)
+        inside.symlink_to(outside)
+    elif inside.is_file():
+        outside.hardlink_to(inside)
+    else:
+        return
+    before = tree(tmp_path)
+    for command in (["purge", kv / "disk", "--all", "--yes"], ["gc", kv / "disk", "--older-than", "0s"],
+                    ["verify", kv / "disk", "--repair"]):  # fmt: skip
+        code, out, err = kvstore(*command)
+        is_told = (code == 2 and "link" in err) or "problem in" in out
+        assert is_told or command[0] == "verify" or name == "store.json", (command, code, out, err)
+        assert tree(tmp_path) == before
+
+
+def test_an_empty_shared_path_has_nothing_to_remove(tmp_path: Path) -> None:
+    with TieredStore(small_config(shared=tmp_path / "shared")):
+        pass
+    (tmp_path / "shared" / ("0" * 32)).mkdir()
+    assert kvstore_json("purge", tmp_path / "shared", "--all", "--yes")["removed"] == []
+    assert kvstore_json("gc", tmp_path / "shared", "--older-than", "0s", "--dry-run")["removed"][0]["chunks"] == 0
+
+
 # -- repair
 
 
