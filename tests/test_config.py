@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore import DiskTierConfig, HostTierConfig, KVIdentity, SharedTierConfig, StoreConfig
+from kvstore import DiskTierConfig, HostTierConfig, JournalConfig, KVIdentity, SharedTierConfig, StoreConfig
 from kvstore.config import MAX_THREADS
 from kvstore.config_source import _leaves
 from kvstore.errors import ConfigError
@@ -155,6 +155,7 @@ def test_every_way_in_gives_the_same_settings() -> None:
         device=config.device,
         disk=DiskTierConfig(path="/a", capacity_nbytes=1 << 30, on_mismatch="clear"),
         shared=SharedTierConfig(path="/b", capacity_nbytes=1 << 30, max_age_s=3600, fsync="always"),
+        journal=JournalConfig(path="/j", capacity_nbytes=1 << 24, sample_s=1.5),
         blocks_per_chunk=4,
         io="process",
         put_timeout_s=0,
