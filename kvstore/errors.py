@@ -4,6 +4,8 @@
     ├── ConfigError              a setting is wrong: stops the start (also a ValueError)
     │   └── IdentityMismatchError  a directory holds KV of another model or layout
     ├── KeyFormatError           bytes that are not a block key (also a ValueError)
+    ├── DamagedFileError         a file that was given is not what it should be (also a ValueError)
+    ├── NotStoredError           what was asked for is not stored, or a key names several things
     ├── BlockNotReadyError       a block is still being written
     ├── NoRoomError              no slot could be had before the deadline
     ├── TierUnavailableError     a tier is off for now (full disk, vanished path, dead process)
@@ -47,6 +49,14 @@ class IdentityMismatchError(ConfigError):
 
 class KeyFormatError(KVStoreError, ValueError):
     """Bytes given as a block key are not one."""
+
+
+class DamagedFileError(KVStoreError, ValueError):
+    """A file that was given is not what it should be; nothing of it was used."""
+
+
+class NotStoredError(KVStoreError):
+    """What was asked for is not stored; or a key names several things."""
 
 
 class BlockNotReadyError(KVStoreError):

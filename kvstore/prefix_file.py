@@ -26,6 +26,7 @@ from kvstore.identity import KVIdentity
 from kvstore.keys import KEY_NBYTES, BlockKey, array_to_keys
 from kvstore.layout import DTYPES, KVLayout, dtype_name
 from kvstore.stored_format import StoredFormat, canonical_json
+from kvstore.strict_json import parse_json
 
 MAX_HEADER_NBYTES: Final = 8 << 20
 MAX_BLOCKS: Final = 1 << 24
@@ -172,11 +173,11 @@ def _read_header(fd: int) -> tuple[PrefixHeader, int]:
     nbytes = int.from_bytes(os.pread(fd, _LENGTH_NBYTES, 0), "little")
     if not 2 <= nbytes <= min(MAX_HEADER_NBYTES, size - _LENGTH_NBYTES):
         raise ValueError(f"a header of {nbytes} bytes in a file of {size}")
-    fields = json.loads(os.pread(fd, nbytes, _LENGTH_NBYTES), parse_constant=_refuse, object_pairs_hook=_unique)
+    fields = parse_json(os.pread(fd, nbytes, _LENGTH_NBYTES))
     metadata, keys = fields.get("__metadata__"), fields.get("keys")
     if not isinstance(metadata, dict) or not isinstance(keys, dict):
         raise ValueError("it has no metadata, or no keys")
-    content, placed = (json.loads(str(metadata.get(name))) for name in ("identity", "placement"))
+    content, placed = (parse_json(str(metadata.get(name)).encode()) for name in ("identity", "placement"))
     fmt = StoredFormat.of(content, placed)
     shape = keys.get("shape")
     num_blocks = shape[0] if isinstance(shape, list) and shape else None
@@ -188,14 +189,3 @@ def _read_header(fd: int) -> tuple[PrefixHeader, int]:
     if size != _LENGTH_NBYTES + nbytes + header.data_nbytes:
         raise ValueError(f"{size} bytes, where {_LENGTH_NBYTES + nbytes + header.data_nbytes} are described")
     return header, _LENGTH_NBYTES + nbytes
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} in its header")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is there twice in its header")
-    return found

@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kvstore", "connectors", "tools")
 LAYERS = {
-    "what things are": "errors layout byte_layout identity keys events config config_source",
-    "bytes": "slot stored_format direct_io arena jobs copier journal",
+    "what things are": "strict_json errors layout byte_layout identity keys events config config_source",
+    "bytes": "slot safetensors_header stored_format direct_io arena jobs copier journal",
     "who holds what": "allocator index policy slot_table",
     "tiers": "tiers",
     "decisions": "manager promotion write_behind journal_writer io_messages io_service io_connection io_client"

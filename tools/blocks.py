@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ import torch
 
 from connectors.vllm_block_hash import prompt_keys as vllm_keys
 from kvstore.byte_layout import blocks_of
-from kvstore.errors import ConfigError, KeyFormatError, KVStoreError
+from kvstore.errors import ConfigError, KeyFormatError, KVStoreError, NotStoredError
 from kvstore.journal_view import JournalView, Request
 from kvstore.keys import KEY_NBYTES, BlockKey, hash_blocks
 from kvstore.stored_format import StoredFormat
+from kvstore.strict_json import parse_json
 from kvstore.tiers.catalog import Catalog, StoredChunk
 from tools.output import progress
 
@@ -25,10 +25,6 @@ KEY_START: Final = re.compile(r"[0-9a-f]{1,64}(\.[0-9]{1,10})?")
 _MAX_FILE_NBYTES: Final = 64 << 20
 _MAX_TOKENS: Final = 1 << 24
 _OWN_LAYOUT: Final = "LBKHTD"
-
-
-class NotStoredError(KVStoreError):
-    """No block, or more than one, is stored under a key that a person gave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +78,7 @@ class Choice:
         if self.request is not None:
             _, hashes = self._of_journal()
             return [BlockKey.of(block_hash) for block_hash in hashes]
-        tokens = self._tokens()
+        tokens = self.tokens()
         if fmt.byte_layout.partition(" ")[0] == "vllm":
             algorithm, seed = str(fmt.content.get("hash_algorithm")), str(fmt.content.get("hash_seed"))
             return vllm_keys(tokens, fmt.layout.block_size, algorithm=algorithm, seed=seed, salt=self.tenant)
@@ -101,13 +97,14 @@ class Choice:
         assert self.journal is not None
         return _request_of(self.journal, self.request)
 
-    def _tokens(self) -> list[int]:
+    def tokens(self) -> list[int]:
+        """Of the prompt; raises ConfigError where there are none."""
         if self.text is not None and self.tokenizer is not None:
             return tokens_of(self.text, self.tokenizer)
         assert self.tokens_file is not None
         try:
-            found = json.loads(read_bounded("--tokens", self.tokens_file))
-        except (ValueError, RecursionError) as e:
+            found = parse_json(read_bounded("--tokens", self.tokens_file))
+        except ValueError as e:
             raise ConfigError(f"--tokens: {self.tokens_file} is not JSON ({e}); give a list of token ids") from e
         is_list = isinstance(found, list) and len(found) <= _MAX_TOKENS
         if not is_list or not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < 1 << 63 for t in found):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,16 @@ from rich.console import RenderableType
 
 from kvstore.byte_layout import parts_of
 from kvstore.config import DiskTierConfig, HostTierConfig, SharedTierConfig, StoreConfig
-from kvstore.errors import ConfigError, KVStoreError
+from kvstore.errors import ConfigError, KVStoreError, NotStoredError
 from kvstore.keys import keys_to_array
 from kvstore.planes import Planes
 from kvstore.prefix_file import PrefixFile, PrefixHeader, pieces_of
 from kvstore.stored_format import StoredFormat
-from tools.blocks import Choice, NotStoredError, Place, find, read_any, same_content
+from tools.blocks import Choice, Place, find, read_any, same_content
+from tools.foreign.dump import DumpedEntry, dump_entry
+from tools.new_file import check_free, new_file
 from tools.output import lines, progress, size
-from tools.places import find_catalogs
+from tools.places import find_stored
 
 _BATCH_NBYTES: Final = 32 << 20
 _ROOM_S: Final = 60.0
@@ -45,16 +46,20 @@ class Dumped:
         yield from lines(f"{self.blocks} blocks ({self.tokens} tokens, {size(self.nbytes)}): {what}, in {self.file}")
 
 
-def dump_blocks(path: Path, out: Path, choice: Choice, integrity_key_file: str | None, *, force: bool) -> Dumped:
-    """Write what is chosen; of a prompt, the leading blocks that are stored.
+def dump_blocks(
+    path: Path, out: Path, choice: Choice, integrity_key_file: str | None, *, force: bool
+) -> Dumped | DumpedEntry:
+    """Write what is chosen; of a prompt, the leading blocks that are stored. Of another system's store, one entry.
 
     Raises:
         DamagedError, ConfigError: see `write`; the file is there already.
         NotStoredError: see `tools.blocks.find`.
     """
-    if out.exists() and not force:
-        raise ConfigError(f"--out: {str(out)!r} is there already; give another name, or --force")
-    found = find(find_catalogs(path, integrity_key_file), choice)
+    check_free(out, force=force)
+    catalogs, stores = find_stored(path, integrity_key_file)
+    if not catalogs:
+        return dump_entry(stores, out, choice)
+    found = find(catalogs, choice)
     return write(found if choice.starts() else _leading(found, choice), out)
 
 
@@ -78,24 +83,16 @@ def write(found: Sequence[Sequence[Place]], out: Path) -> Dumped:
         raise DamagedError(f"block {found[0][0].key}: {first.reason}; nothing was written")
     is_raw = first.kv is None
     header = _header(formats[0], len(found), is_raw=is_raw)
-    start, temporary = header.pack(), out.with_name(f"{out.name}.{os.getpid()}.new")
-    try:
-        with temporary.open("xb") as file, progress(f"to {out}", len(found)) as advance:
-            file.write(start)
-            for i, there in enumerate(found):
-                for (at, _), piece in zip(header.pieces(i), _pieces(there, is_raw=is_raw), strict=True):
-                    file.seek(len(start) + at)
-                    file.write(piece.view(torch.uint8).numpy().data.cast("B"))
-                advance(1)
-            file.seek(len(start) + header.keys_at)
-            file.write(b"".join(there[0].key for there in found))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except OSError as e:
-        raise ConfigError(f"--out: {str(out)!r} cannot be written ({e.strerror})") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    start = header.pack()
+    with new_file(out) as file, progress(f"to {out}", len(found)) as advance:
+        file.write(start)
+        for i, there in enumerate(found):
+            for (at, _), piece in zip(header.pieces(i), _pieces(there, is_raw=is_raw), strict=True):
+                file.seek(len(start) + at)
+                file.write(piece.view(torch.uint8).numpy().data.cast("B"))
+            advance(1)
+        file.seek(len(start) + header.keys_at)
+        file.write(b"".join(there[0].key for there in found))
     layout = header.layout
     return Dumped(str(out), len(found), len(found) * layout.block_size, len(start) + header.data_nbytes, is_raw)
 

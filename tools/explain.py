@@ -14,12 +14,12 @@ from typing import Any, Final
 
 from rich.console import RenderableType
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, NotStoredError
 from kvstore.journal_view import JournalView, Move, Request
 from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
-from tools.blocks import Choice, NotStoredError, Place, only_request, places, read, same_content
+from tools.blocks import Choice, Place, only_request, places, read, same_content
 from tools.ls import problem_lines, problems_of
 from tools.output import age, lines, progress, table
 from tools.places import find_catalogs

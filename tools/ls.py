@@ -13,8 +13,9 @@ from rich.console import RenderableType
 
 from kvstore.journal_view import JournalView
 from kvstore.tiers.catalog import Catalog, Summary
+from tools.foreign.base import ForeignStore
 from tools.output import age, lines, progress, size, table
-from tools.places import find_catalogs
+from tools.places import find_stored
 
 COLUMNS = ("model", "tier", "path", "namespace", "blocks", "bytes", "oldest", "newest", "state")
 JOURNAL_COLUMNS = ("requests", "hits", "tenants")
@@ -27,7 +28,7 @@ class Row:
 
     Attributes:
         model, revision, dtype, block_size: None where the directory's description is damaged.
-        state: "served"; "old epoch": only stores that wrote it since their reset find it.
+        state: "served"; "old epoch": only stores that wrote it since their reset find it; "another system's".
         oldest_s, newest_s: since chunks were stored (disk) or last used, to the hour (shared).
         requests, hit_blocks, tenants: that a journal knows of the namespace; None without one.
     """
@@ -51,7 +52,9 @@ class Row:
 
     def cells(self) -> tuple[object, ...]:
         """For people; see `COLUMNS` and, with a journal, `JOURNAL_COLUMNS`."""
-        model = f"{self.model}@{str(self.revision)[:12]}" if self.model is not None else "?"
+        model = "?" if self.model is None else self.model
+        if self.revision is not None:
+            model += f"@{self.revision[:12]}"
         asked: tuple[object, ...] = ()
         if self.tenants is not None:
             asked = (self.requests, self.hit_blocks, len(self.tenants.keys() - {""}))
@@ -144,12 +147,13 @@ def list_stored(path: Path, chosen: Chosen | None = None, journal: Path | None =
     Raises:
         ConfigError: there is nothing of a tier there, or no journal.
     """
-    catalogs, rows = find_catalogs(path), []
+    (catalogs, stores), rows = find_stored(path), list[Row]()
     for catalog in catalogs:
         with progress(f"{catalog.tier} {catalog.path}", None) as advance:
             found = catalog.summary(advance)
         rows += [_row(summary, time.time_ns()) for summary in found]
-    problems = problems_of(catalogs)
+    rows += [_foreign_row(store, time.time_ns()) for store in stores]
+    problems = problems_of(catalogs, stores)
     if journal is not None:
         view = JournalView.of(journal)
         _add_requests(rows, view)
@@ -170,9 +174,11 @@ def _add_requests(rows: Sequence[Row], view: JournalView) -> None:
         row.tenants = dict(tenants[row.namespace].most_common())
 
 
-def problems_of(catalogs: Sequence[Catalog]) -> dict[str, list[str]]:
+def problems_of(catalogs: Sequence[Catalog], stores: Sequence[ForeignStore] = ()) -> dict[str, list[str]]:
     """What was found to be wrong with directories; empty ones are left out."""
-    return {f"{c.tier}: {c.path}": c.problems for c in catalogs if c.problems}
+    found = {f"{c.tier}: {c.path}": c.problems for c in catalogs}
+    found |= {f"{store.kind}: {store.path}": store.problems for store in stores}
+    return {where: problems for where, problems in found.items() if problems}
 
 
 def problem_lines(problems: dict[str, list[str]]) -> Iterator[RenderableType]:
@@ -198,4 +204,27 @@ def _row(summary: Summary, now_ns: int) -> Row:
         nbytes=summary.nbytes,
         oldest_s=max(0.0, (now_ns - summary.oldest_ns) / 1e9),
         newest_s=max(0.0, (now_ns - summary.newest_ns) / 1e9),
+    )
+
+
+def _foreign_row(store: ForeignStore, now_ns: int) -> Row:
+    """Another system's: its entries are counted as chunks and as blocks."""
+    n, nbytes, times = 0, 0, [now_ns]
+    for entry in store.entries():
+        n, nbytes = n + 1, nbytes + entry.nbytes
+        times = [min(times[0], entry.time_ns), max(times[-1] if n > 1 else 0, entry.time_ns)]
+    return Row(
+        tier=store.kind,
+        path=str(store.path),
+        namespace="",
+        model=store.model(),
+        revision=None,
+        dtype=None,
+        block_size=None,
+        state="another system's",
+        chunks=n,
+        blocks=n,
+        nbytes=nbytes,
+        oldest_s=max(0.0, (now_ns - times[0]) / 1e9),
+        newest_s=max(0.0, (now_ns - times[-1]) / 1e9),
     )

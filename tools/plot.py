@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, NotStoredError
 from kvstore.prefix_file import PrefixFile
-from tools.blocks import Choice, NotStoredError, find, read_any
+from tools.blocks import Choice, find, read_any
 from tools.figures import new_figure
 from tools.output import progress
 from tools.places import find_catalogs

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from kvstore.strict_json import parse_json
+
 _FORMAT: Final = "kvstore disk tier"
 _MAX_NBYTES: Final = 1 << 20
 _MOST: Final = 1 << 32
@@ -36,7 +38,7 @@ def read_header(path: Path) -> DirectoryHeader | None:
         # O_NONBLOCK: a FIFO in its place must not hold the opener
         fd = os.open(path / "store.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(fd, "rb") as f:
-            raw = json.loads(f.read(_MAX_NBYTES))
+            raw = parse_json(f.read(_MAX_NBYTES))
         header = DirectoryHeader(
             content=dict(raw["content"]),
             placement=dict(raw["placement"]),

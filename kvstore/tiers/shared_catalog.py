@@ -6,7 +6,6 @@ files with names of our own making is looked at.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -22,6 +21,7 @@ from kvstore.errors import KeyFormatError
 from kvstore.keys import BlockKey
 from kvstore.slot import SlotCodec
 from kvstore.stored_format import StoredFormat
+from kvstore.strict_json import parse_json
 from kvstore.tiers.catalog import Catalog, Space, StoredChunk, Verdict, why_bad
 from kvstore.tiers.chunk_file import ChunkReader, FileFormat, Inode, Outcome, file_format
 from kvstore.tiers.page_buffer import page_aligned
@@ -142,8 +142,8 @@ class SharedCatalog(Catalog):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(fd, "rb") as f:
-                found: object = json.loads(f.read(_JSON_MAX_NBYTES))
-        except (OSError, ValueError, RecursionError) as e:
+                found: object = parse_json(f.read(_JSON_MAX_NBYTES))
+        except (OSError, ValueError) as e:
             self._problem(f"{path}: {e.strerror if isinstance(e, OSError) else 'damaged'}")
             return None
         return found

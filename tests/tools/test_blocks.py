@@ -23,7 +23,6 @@ from kvstore.prefix_file import PrefixFile, PrefixFileError, PrefixHeader
 from kvstore.tiers.disk_catalog import DiskCatalog
 from tests.small import IDENTITY, LAYOUT, NUM_BLOCKS, copy_store, small_blocks, small_config, small_keys
 from tests.tools.test_cli import kvstore, kvstore_json
-from tools.inspect import statistics_of
 
 TOKENS = list(range(NUM_BLOCKS * LAYOUT.block_size))
 
@@ -182,23 +181,6 @@ def test_by_position_over_identities_and_dtypes(tmp_path: Path) -> None:
         kvstore("diff", tmp_path / "a.file", tmp_path / "b.file", "--by-position", "--rtol", 0.2, "--atol", 0.01)[0]
         == 0
     )
-
-
-def test_statistics_by_head() -> None:
-    kv = torch.zeros(2, 2, 3, 4, 8, dtype=torch.float16)
-    kv[1, 0, 2] = 2.0
-    kv[1, 0, 1, 0, 0] = float("nan")
-    kv[0, 1, 0, 0, 0] = 6e-8
-    kv[0, 1, 0, 0, 1] = -65504.0
-    rows = {(s.layer, s.part, s.head): s for s in statistics_of(kv, per_head=True)}
-    assert len(rows) == 12
-    assert rows[1, "K", 2].norm == pytest.approx((4 * 32) ** 0.5) and rows[1, "K", 2].zeros == 0
-    assert (rows[1, "K", 1].nan, rows[1, "K", 1].max) == (1, 0.0)
-    assert (rows[0, "V", 0].subnormal, rows[0, "V", 0].of_range, rows[0, "V", 0].min) == (1, 1.0, -65504.0)
-    assert {s.head for s in statistics_of(kv)} == {None}
-    for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
-        (first, *_) = statistics_of(torch.full((1, 2, 1, 2, 2), 1.0).to(dtype))
-        assert (first.min, first.max, first.norm) == (1.0, 1.0, 2.0)
 
 
 def test_inspect_by_head(kv: Path) -> None:
