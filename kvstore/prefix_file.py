@@ -174,6 +174,8 @@ def _read_header(fd: int) -> tuple[PrefixHeader, int]:
     if not 2 <= nbytes <= min(MAX_HEADER_NBYTES, size - _LENGTH_NBYTES):
         raise ValueError(f"a header of {nbytes} bytes in a file of {size}")
     fields = parse_json(os.pread(fd, nbytes, _LENGTH_NBYTES))
+    if not isinstance(fields, dict):
+        raise ValueError("its header is no mapping")
     metadata, keys = fields.get("__metadata__"), fields.get("keys")
     if not isinstance(metadata, dict) or not isinstance(keys, dict):
         raise ValueError("it has no metadata, or no keys")

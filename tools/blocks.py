@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from kvstore.tiers.catalog import Catalog, StoredChunk
 from tools.output import progress
 
 KEY_START: Final = re.compile(r"[0-9a-f]{1,64}(\.[0-9]{1,10})?")
-_MAX_FILE_NBYTES: Final = 64 << 20
-_MAX_TOKENS: Final = 1 << 24
+_MAX_FILE_NBYTES: Final = 8 << 20
+_MAX_TOKENIZER_NBYTES: Final = 64 << 20
+_MAX_TOKENS: Final = 1 << 20
+_MAX_KEYS: Final = 1 << 17
 _OWN_LAYOUT: Final = "LBKHTD"
 
 
@@ -62,10 +65,14 @@ class Choice:
         """Keys as they were given; none where a prompt was."""
         starts = list(self.keys)
         if self.keys_file is not None:
-            starts = read_bounded("--keys", self.keys_file).decode(errors="replace").split()
+            starts = read_bounded("--keys", self.keys_file).decode(errors="replace").split(maxsplit=_MAX_KEYS)
+            if len(starts) > _MAX_KEYS:
+                raise ConfigError(f"--keys: {self.keys_file} has more than {_MAX_KEYS} keys")
         for start in starts:
             if not KEY_START.fullmatch(start.lower()):
-                raise KeyFormatError(f"KEY: {start!r} is not allowed; give up to 64 hex digits, then optionally .GROUP")
+                raise KeyFormatError(
+                    f"KEY: {start[:80]!r} is not allowed; give up to 64 hex digits, then optionally .GROUP"
+                )
         return [start.lower() for start in starts]
 
     def of_prompt(self, fmt: StoredFormat) -> list[BlockKey]:
@@ -103,9 +110,16 @@ class Choice:
             return tokens_of(self.text, self.tokenizer)
         assert self.tokens_file is not None
         try:
-            found = parse_json(read_bounded("--tokens", self.tokens_file))
+            data = read_bounded("--tokens", self.tokens_file)
+            if data.count(b",") >= _MAX_TOKENS:  # told before a list is made
+                raise ConfigError(f"--tokens: {self.tokens_file} has more than {_MAX_TOKENS} token ids")
+            found = parse_json(data)
+        except ConfigError:
+            raise
         except ValueError as e:
-            raise ConfigError(f"--tokens: {self.tokens_file} is not JSON ({e}); give a list of token ids") from e
+            raise ConfigError(
+                f"--tokens: {self.tokens_file} is not JSON ({str(e)[:100]}); give a list of token ids"
+            ) from e
         is_list = isinstance(found, list) and len(found) <= _MAX_TOKENS
         if not is_list or not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < 1 << 63 for t in found):
             raise ConfigError(f"--tokens: {self.tokens_file} holds no list of token ids")
@@ -145,7 +159,7 @@ def tokens_of(text: str, tokenizer: Path) -> list[int]:
     except ImportError as e:
         raise ConfigError("--text needs the package tokenizers; install kvstore[transformers], or give --tokens") from e
     file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    data = read_bounded("--tokenizer", file)
+    data = read_bounded("--tokenizer", file, _MAX_TOKENIZER_NBYTES)
     try:
         ids: list[int] = Tokenizer.from_str(data.decode()).encode(text).ids
     except Exception as e:  # tokenizers raises nothing narrower
@@ -153,15 +167,15 @@ def tokens_of(text: str, tokenizer: Path) -> list[int]:
     return ids
 
 
-def read_bounded(option: str, path: Path) -> bytes:
+def read_bounded(option: str, path: Path, most: int = _MAX_FILE_NBYTES) -> bytes:
     """A file that a person named; raises ConfigError where it cannot be read or is too large."""
     try:
         with path.open("rb") as f:
-            data = f.read(_MAX_FILE_NBYTES + 1)
+            data = f.read(most + 1) if os.fstat(f.fileno()).st_size <= most else None
     except OSError as e:
         raise ConfigError(f"{option}: {str(path)!r} cannot be read ({e.strerror})") from e
-    if len(data) > _MAX_FILE_NBYTES:
-        raise ConfigError(f"{option}: {str(path)!r} is larger than {_MAX_FILE_NBYTES >> 20} MiB")
+    if data is None or len(data) > most:
+        raise ConfigError(f"{option}: {str(path)!r} is larger than {most >> 20} MiB")
     return data
 
 

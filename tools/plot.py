@@ -12,7 +12,7 @@ from kvstore.errors import ConfigError, NotStoredError
 from kvstore.prefix_file import PrefixFile
 from tools.blocks import Choice, find, read_any
 from tools.figures import new_figure
-from tools.output import progress
+from tools.output import printable, progress
 from tools.places import find_catalogs
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def draw(found: Norms) -> Figure:
     """
     names = ("K", "V") if found.of_heads.shape[1] == 2 else ("latent",)
     figure = new_figure(12, 3.8 * len(names))
-    figure.suptitle(f"{found.title}: {found.num_blocks} blocks, {found.of_tokens.shape[-1]} tokens".replace("$", " "))
+    title = f"{printable(found.title)}: {found.num_blocks} blocks, {found.of_tokens.shape[-1]} tokens"
+    figure.suptitle(title.replace("$", " "))
     grid = figure.add_gridspec(len(names), 2, width_ratios=(1, 2))
     for row, name in enumerate(names):
         _map(figure, grid[row, 0], found.of_heads[:, row], f"{name}: norm by head", "KV head", whole=True)

@@ -99,7 +99,10 @@ def _line(catalog: Catalog) -> Line:
         summaries = catalog.summary(advance)
     now, state, capacity = time.time_ns(), "-", None
     if catalog.tier == "disk":
-        header = read_header(catalog.path)
+        try:
+            header = read_header(catalog.path)
+        except OSError:
+            header = None
         state = "damaged" if header is None else "in use" if is_in_use(catalog.path) else "idle"
         capacity = None if header is None else header.num_slots * header.slot_nbytes
     return Line(

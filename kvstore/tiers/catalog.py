@@ -21,6 +21,8 @@ from kvstore.keys import BlockKey, array_to_keys
 from kvstore.slot import SlotCodec
 from kvstore.stored_format import StoredFormat
 
+LARGE_CHUNK_NBYTES: Final = 32 << 20
+TRAILER_IS_DAMAGED: Final = "trailer is damaged, or signed with another integrity key"
 _MOST_PROBLEMS: Final = 1000
 
 
@@ -168,7 +170,7 @@ def why_bad(codec: SlotCodec, row: NDArray[np.uint8], chunk: StoredChunk) -> str
     trailer = codec.parse(rows[:, codec.fmt.body_nbytes :])
     namespace, keys = trailer.namespaces[0].tobytes(), array_to_keys(trailer.keys[0])
     if not trailer.valid[0]:
-        return "trailer is damaged, or signed with another integrity key"
+        return TRAILER_IS_DAMAGED
     if namespace != chunk.space.namespace:
         return f"holds namespace {namespace.hex()}"
     on_disk = isinstance(chunk.place, int)  # where the index names all keys; a file has those names that it has

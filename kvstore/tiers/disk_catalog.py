@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from kvstore.direct_io import open_direct, preadv_full
 from kvstore.slot import ALIGNMENT, FOOTER, MAGIC, SlotCodec
 from kvstore.stored_format import StoredFormat
-from kvstore.tiers.catalog import Catalog, Space, StoredChunk, Summary, Verdict, why_bad
+from kvstore.tiers.catalog import (
+    LARGE_CHUNK_NBYTES,
+    TRAILER_IS_DAMAGED,
+    Catalog,
+    Space,
+    StoredChunk,
+    Summary,
+    Verdict,
+    why_bad,
+)
 from kvstore.tiers.disk_dir import is_in_use, link_in
 from kvstore.tiers.disk_header import DirectoryHeader, read_header
 from kvstore.tiers.disk_index import Records, empty_records, joined
@@ -124,7 +133,7 @@ class DiskCatalog(Catalog):
         fmt = chunk.space.fmt
         row = page_aligned(fmt.slot.slot_nbytes)
         with self._data() as fd:
-            problem = _read_slots(fd, row.reshape(1, -1), chunk.slot)[0]
+            problem = self._not_worth_reading(fd, fmt, chunk.slot) or _read_slots(fd, row.reshape(1, -1), chunk.slot)[0]
         if problem:
             return Verdict(chunk, problem)
         return Verdict(chunk, why_bad(self._codec(fmt), row, chunk), row=row)
@@ -210,6 +219,20 @@ class DiskCatalog(Catalog):
             records = Records(slots, parsed.generations, parsed.namespaces, parsed.keys)
             yield records.at(parsed.valid & (parsed.generations > 0))
 
+    def _not_worth_reading(self, fd: int | None, fmt: StoredFormat, slot: int) -> str:
+        """Of a large slot, which is read alone, the trailer is looked at first: who describes slots of gigabytes
+        has no memory taken by it."""
+        if fmt.slot.slot_nbytes <= LARGE_CHUNK_NBYTES or fd is None:
+            return ""
+        tail = page_aligned(-(-fmt.slot.trailer_nbytes // ALIGNMENT) * ALIGNMENT)
+        try:
+            if preadv_full(fd, [tail], (slot + 1) * fmt.slot.slot_nbytes - len(tail)) != len(tail):
+                return _BEHIND_END
+        except (OSError, OverflowError) as e:
+            return f"cannot be read: {e}"
+        is_valid = self._codec(fmt).parse(tail[None, -fmt.slot.trailer_nbytes :]).valid[0]
+        return "" if is_valid else TRAILER_IS_DAMAGED
+
     def _lost(self, fmt: StoredFormat, known: set[int]) -> Iterator[Verdict]:
         """Slots that were sealed once, and whose trailers no longer say what they hold."""
         for slots, trailers in self._trailers(fmt):
@@ -218,7 +241,7 @@ class DiskCatalog(Catalog):
                 if int(slots[i]) not in known:
                     space = Space(self.tier, self.path, footers["namespace"][i].tobytes(), fmt)
                     chunk = StoredChunk(space, int(slots[i]), b"", fmt.slot.slot_nbytes, 0)
-                    yield Verdict(chunk, "trailer is damaged, or signed with another integrity key")
+                    yield Verdict(chunk, TRAILER_IS_DAMAGED)
 
     def _trailers(self, fmt: StoredFormat) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
         nbytes, slot_nbytes = fmt.slot.trailer_nbytes, fmt.slot.slot_nbytes
@@ -238,7 +261,11 @@ class DiskCatalog(Catalog):
     def _check_run(self, fd: int | None, rows: NDArray[np.uint8], run: list[StoredChunk]) -> Iterator[Verdict]:
         fmt = run[0].space.fmt
         assert fmt is not None
-        problems, codec = _read_slots(fd, rows, run[0].slot), self._codec(fmt)
+        codec, problem = self._codec(fmt), self._not_worth_reading(fd, fmt, run[0].slot)
+        if problem:
+            yield Verdict(run[0], problem)
+            return
+        problems = _read_slots(fd, rows, run[0].slot)
         sound = _are_sound(codec, rows, run)
         for i, chunk in enumerate(run):
             yield Verdict(chunk, problems[i] or ("" if sound[i] else why_bad(codec, rows[i], chunk)))

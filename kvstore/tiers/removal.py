@@ -28,7 +28,7 @@ from kvstore.tiers import lmdb_env
 from kvstore.tiers.catalog import Catalog, Space, StoredChunk
 from kvstore.tiers.disk_catalog import DiskCatalog
 from kvstore.tiers.disk_dir import is_in_use, link_in
-from kvstore.tiers.disk_header import read_header
+from kvstore.tiers.disk_header import DirectoryHeader, read_header
 from kvstore.tiers.disk_keeper import VolumeKeeper
 from kvstore.tiers.disk_volume import DiskVolume, VolumeConfig
 
@@ -102,7 +102,7 @@ class _DiskCandidates(Candidates):
         problem = lmdb_env.check(self._path / "index")
         if header is None or problem:
             raise RemovalError(f"{self._path}: the index is damaged ({problem}); kvstore verify --repair mends it")
-        keeper = keeper_of(self._path, StoredFormat.of(header.content, header.placement), header.num_slots,
+        keeper = keeper_of(self._path, _format_of(self._path, header), header.num_slots,
                            self._integrity_key)  # fmt: skip
         slots, generations = self._slots[where], self._generations[where]
         try:
@@ -128,6 +128,13 @@ def _remove(
 
 def _remove_part(part: tuple[NDArray[np.int64], NDArray[np.uint64]], volume: DiskVolume) -> int:
     return volume.remove(*part)
+
+
+def _format_of(path: Path, header: DirectoryHeader) -> StoredFormat:
+    try:
+        return StoredFormat.of(header.content, header.placement)
+    except ValueError as e:
+        raise RemovalError(f"{path}: store.json describes no KV that this version knows ({e})") from e
 
 
 def _refuse_links(path: Path) -> None:
@@ -166,7 +173,7 @@ def repair(catalog: Catalog, bad: Sequence[StoredChunk], integrity_key: bytes | 
         raise RemovalError(f"{catalog.path}: store.json is damaged: what is stored there cannot be told")
     if problem and is_in_use(catalog.path):
         raise RemovalError(f"{catalog.path} is in use, and its index is damaged ({problem}); stop its stores first")
-    fmt = StoredFormat.of(header.content, header.placement)
+    fmt = _format_of(catalog.path, header)
     keeper = keeper_of(catalog.path, fmt, header.num_slots, integrity_key)  # rebuilds
     try:
         named = sorted((chunk.slot, chunk.generation) for chunk in bad)

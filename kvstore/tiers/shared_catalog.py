@@ -22,7 +22,7 @@ from kvstore.keys import BlockKey
 from kvstore.slot import SlotCodec
 from kvstore.stored_format import StoredFormat
 from kvstore.strict_json import parse_json
-from kvstore.tiers.catalog import Catalog, Space, StoredChunk, Verdict, why_bad
+from kvstore.tiers.catalog import LARGE_CHUNK_NBYTES, TRAILER_IS_DAMAGED, Catalog, Space, StoredChunk, Verdict, why_bad
 from kvstore.tiers.chunk_file import ChunkReader, FileFormat, Inode, Outcome, file_format
 from kvstore.tiers.page_buffer import page_aligned
 from kvstore.tiers.shared_tree import (
@@ -97,6 +97,8 @@ class SharedCatalog(Catalog):
             return Verdict(chunk, f"cannot be verified: {NAMESPACE_JSON} or {PLACEMENT_JSON} is damaged")
         to = self._buffers_of(space, space.fmt)
         try:
+            if not self._is_worth_reading(str(chunk.place), to):
+                return Verdict(chunk, TRAILER_IS_DAMAGED)
             outcome, _ = to.reader.read(str(chunk.place), to.files, to.row, used_ns=0)  # 0: its mtime is left alone
         except OSError as e:
             return Verdict(chunk, f"cannot be read: {e.strerror}")
@@ -107,6 +109,26 @@ class SharedCatalog(Catalog):
         return Verdict(chunk, why_bad(to.codec, to.row, chunk), row=to.row)
 
     # -- inside
+
+    @staticmethod
+    def _is_worth_reading(path: str, to: _Buffers) -> bool:
+        """Of a large file the trailer is looked at first, as of a large slot; whether it is there is told later."""
+        slot = to.codec.fmt
+        if slot.slot_nbytes <= LARGE_CHUNK_NBYTES:
+            return True
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return True
+        try:
+            if not to.files.is_like(os.fstat(fd)):
+                return True
+            tail = os.pread(fd, slot.trailer_nbytes, to.files.file_nbytes - slot.trailer_nbytes)
+        finally:
+            os.close(fd)
+        if len(tail) != slot.trailer_nbytes:
+            return True
+        return bool(to.codec.parse(np.frombuffer(tail, dtype=np.uint8)[None]).valid[0])
 
     def _buffers_of(self, space: Space, fmt: StoredFormat) -> _Buffers:
         """Of one space at a time, for a chunk may be large."""
