@@ -23,14 +23,21 @@ from rich.progress import Progress
 from connectors.lookup_messages import ANSWERS, REQUESTS, Reserve, Select
 from connectors.registration import Joins
 from kvstore.errors import KVStoreError
+from kvstore.journal import frame
+from kvstore.journal_view import JournalView
 from kvstore.prefix_file import PrefixFile, PrefixHeader
+from kvstore.safetensors_header import parse_header
 from kvstore.slot import SlotCodec, SlotFormat
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.disk_header import DirectoryHeader, read_header, write_header
 from kvstore.tiers.disk_index import RecordFormat
 from kvstore.tiers.index_stream import _Frames
+from tests.foreign import FS_CONFIG
 from tests.small import IDENTITY
+from tests.test_journal import ASKED, GOOD, OPENED, packed, segment_with
 from tools.blocks import Choice
+from tools.foreign.base import ForeignEntry
+from tools.foreign.vllm_fs import VllmFsStore
 from tools.plan.trace import read_trace
 
 DEFAULT_S = 60.0
@@ -82,6 +89,32 @@ def registration(data: bytes, folder: Path) -> None:
 def trace(data: bytes, folder: Path) -> None:
     (folder / "trace").write_bytes(data)
     read_trace(folder / "trace")
+
+
+def journal(data: bytes, folder: Path) -> None:
+    view = JournalView.of(segment_with(folder / "journal", data))
+    view.asked_by_node()
+    view.hits_by_node()
+    for request in view.requests:
+        view.path_to(request.last)
+
+
+def journal_record(data: bytes, folder: Path) -> None:
+    """As `journal`, behind a checksum that is right."""
+    journal(GOOD + packed(data), folder)
+
+
+def safetensors_header(data: bytes, folder: Path) -> None:
+    parse_header(data, 8)
+
+
+def fs_config(data: bytes, folder: Path) -> None:
+    """vLLM's own fs tier, and a file of it."""
+    base = folder / "m_0123456789ab"
+    base.mkdir(exist_ok=True)
+    (base / "config.json").write_bytes(data)
+    store = VllmFsStore(base)
+    store.parts(ForeignEntry("0" * 64, folder / "m_0123456789ab_r0/000/00_g0/x.bin", 8192, 0))
 
 
 def tokens(data: bytes, folder: Path) -> None:
@@ -141,6 +174,14 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], list[bytes], tuple[type[
         (msgspec.MsgspecError, RecursionError, UnicodeDecodeError),
     ),
     "trace": (trace, [b'{"timestamp": 1, "hash_ids": [0, 1, 2]}\n{"hash_ids": [0, 5]}\n'], (KVStoreError,)),
+    "journal": (journal, [GOOD + frame(ASKED)], ()),
+    "journal_record": (journal_record, [frame(ASKED)[12:], frame(OPENED)[12:]], ()),
+    "safetensors_header": (
+        safetensors_header,
+        [b'{"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}, "__metadata__": {"x": "y"}}'],
+        (KVStoreError,),
+    ),
+    "fs_config": (fs_config, [json.dumps(FS_CONFIG).encode()], (KVStoreError,)),
     "tokens": (tokens, [b"[0, 1, 2, 3, 4, 5, 6, 7, 8]"], (KVStoreError,)),
 }
 

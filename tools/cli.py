@@ -99,6 +99,7 @@ def ls(
     older_than: Annotated[str, typer.Option(metavar="AGE", help="Only where nothing is newer: 90s, 2h, 7d.")] = "0s",
     limit: Annotated[int | None, typer.Option(min=0, help="So many rows.")] = None,
     journal: Journal = None,
+    blocks: Annotated[bool, typer.Option("--blocks", help="A row for each block.")] = False,
     tree: Annotated[bool, typer.Option("--tree", help="Which prompts share which heads; needs --journal.")] = False,
 ) -> None:
     """Show what is stored, by namespace.
@@ -112,6 +113,7 @@ def ls(
     with _errors():
         from kvstore.errors import ConfigError
         from tools.ls import Chosen, list_stored
+        from tools.ls_blocks import list_blocks
         from tools.output import parse_age, show
         from tools.prefix_tree import prefix_tree
 
@@ -124,6 +126,9 @@ def ls(
                 raise ConfigError("--tree: which block follows which only a journal knows; give --journal too")
             found = prefix_tree(path, journal, limit)
             show(found.to_dict(), found.parts(), as_json=json)
+            return
+        if blocks:
+            list_blocks(path, chosen, journal, as_json=json)
             return
         listing = list_stored(path, chosen, journal)
         show(listing.to_dict(), listing.parts(), as_json=json)

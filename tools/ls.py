@@ -13,6 +13,7 @@ from rich.console import RenderableType
 
 from kvstore.journal_view import JournalView
 from kvstore.tiers.catalog import Catalog, Summary
+from tools.blocks import Place
 from tools.foreign.base import ForeignStore
 from tools.output import age, lines, progress, size, table
 from tools.places import find_stored
@@ -116,6 +117,15 @@ class Chosen:
     namespace: str = ""
     older_than_s: float = 0.0
     limit: int | None = None
+
+    def takes(self, place: Place) -> bool:
+        """Whether a block is of a row that is wanted, by all but its age."""
+        fmt = place.fmt
+        return (
+            self.model.lower() in str(fmt.content.get("model") if fmt is not None else "").lower()
+            and self.tier in ("", place.catalog.tier)
+            and place.chunk.space.namespace.hex().startswith(self.namespace.lower())
+        )
 
     def rows(self, rows: Sequence[Row]) -> list[Row]:
         wanted = [

@@ -50,6 +50,31 @@ def tree(path: Path) -> dict[str, tuple[int, int, int, bytes]]:
     }
 
 
+# -- ls --blocks
+
+
+def test_a_row_for_each_block(kv: Path) -> None:
+    found = kvstore_json("ls", kv / "disk", "--blocks")
+    assert found["problems"] == {}
+    assert {row["key"] for row in found["blocks"]} == {str(key) for key in small_keys()}
+    for row in found["blocks"]:
+        assert (row["tier"], row["model"], row["hits"]) == ("disk", "test-model", None)
+        assert row["nbytes"] >= LAYOUT.block_nbytes
+    assert len(kvstore_json("ls", kv, "--blocks", "--tier", "shared", "--model", "test")["blocks"]) == NUM_BLOCKS
+    assert len(kvstore_json("ls", kv, "--blocks", "--limit", "5")["blocks"]) == 5
+    ages = [row["age_s"] for row in kvstore_json("ls", kv, "--blocks", "--sort", "oldest", "--limit", "9")["blocks"]]
+    assert ages == sorted(ages) and len(ages) == 9
+    assert kvstore_json("ls", kv, "--blocks", "--older-than", "1d")["blocks"] == []
+    _, out, _ = kvstore("ls", kv / "disk", "--blocks")
+    assert len(out.splitlines()) == 1 + NUM_BLOCKS
+    for wrong, said in (
+        (["--sort", "bytes"], "it needs --limit"),
+        (["--sort", "requests", "--limit", "1"], "requests"),
+    ):
+        code, _, err = kvstore("ls", kv, "--blocks", *wrong)
+        assert (code, said in err) == (2, True)
+
+
 # -- help
 
 

@@ -66,6 +66,15 @@ def branches(tree: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield from branches(branch["branches"])
 
 
+def test_hits_of_each_block(served: Path, view: JournalView) -> None:
+    found = kvstore_json("ls", served / "kv", "--blocks", "--journal", served / "journal")["blocks"]
+    wanted = Counter(h for r in view.requests for h in view.path_to(r.last)[: r.num_hits])
+    assert {row["key"][:64]: row["hits"] for row in found} == {
+        row["key"][:64]: wanted[bytes.fromhex(row["key"][:64])] for row in found
+    }
+    assert max(row["hits"] for row in found) == max(wanted.values()) > 5
+
+
 def shared_head(prompts: list[list[bytes]]) -> int:
     """Leading blocks that all have."""
     return next(
