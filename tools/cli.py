@@ -21,7 +21,18 @@ from tools.commands import diff, dump, explain, gc, load, plot, purge, report, s
 from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
-from tools.options import Journal, Json, KeyFile, StoredPath
+from tools.options import (
+    Journal,
+    Json,
+    KeyFile,
+    Request,
+    StoredPath,
+    Tenant,
+    Text,
+    Tokenizer,
+    Tokens,
+    choice_of,
+)
 from tools.plan.command import plan
 from tools.proxy.command import proxy
 
@@ -141,22 +152,37 @@ def inspect(
         str | None, typer.Argument(metavar="KEY", help="A block's key in hex, or as much of its start as is unique.")
     ] = None,
     per_head: Annotated[bool, typer.Option("--per-head", help="A row for each head.")] = False,
+    tokens: Tokens = None,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    tenant: Tenant = "",
+    request: Request = None,
+    journal: Journal = None,
     json: Json = False,
     integrity_key_file: KeyFile = None,
 ) -> None:
-    """Show identity and layout, or one block.
+    """Show identity and layout, one block, or a prompt.
 
-    With KEY it shows that block, wherever it is stored. For K and V of each layer: least and
-    greatest number, mean, norm, how many are zero, NaN or infinite, and how much of the dtype's range is used.
-    Exit code 1 if the block's chunk is damaged.
+    With KEY it shows that block, wherever it is stored; of a prompt or a request all blocks together. For K and V of
+    each layer: least and greatest number, mean, norm, how many are zero, NaN or infinite, and how much of the dtype's
+    range is used. Exit code 1 if what is shown is damaged.
 
     \b
     Example: kvstore inspect /var/cache/kv 3f9a0c
     """
     with _errors():
-        from tools.inspect import block_parts, describe, find_block
+        from kvstore.errors import ConfigError
+        from tools.inspect import block_parts, describe, find_block, inspect_together
         from tools.output import show
 
+        is_prompt = tokens is not None or text is not None or request is not None
+        if key is not None and is_prompt:
+            raise ConfigError("KEY: give it, or a prompt, or a request")
+        if is_prompt:
+            choice = choice_of(None, None, tokens, text, tokenizer, tenant, request, journal)
+            together = inspect_together(path, choice, integrity_key_file, per_head=per_head)
+            show(together.to_dict(), together.parts(), as_json=json)
+            raise typer.Exit(int(bool(together.damaged)))
         if key is None:
             data, parts = describe(path)
             show(data, parts, as_json=json)

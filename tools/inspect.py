@@ -10,14 +10,15 @@ from typing import Any, Final
 
 from rich.console import RenderableType
 
+from kvstore.errors import ConfigError
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
-from tools.blocks import Block, Choice, Place, find, read
+from tools.blocks import Block, Choice, Place, find, read, read_any, same_content
 from tools.foreign.look import ForeignBlock, describe_foreign, entries_that_begin, foreign_table, inspect_entry
 from tools.ls import problem_lines, problems_of
-from tools.output import lines, table
-from tools.places import find_stored
-from tools.statistics import PartStatistics, statistics_of, statistics_table
+from tools.output import lines, progress, table
+from tools.places import find_catalogs, find_stored
+from tools.statistics import Accumulator, PartStatistics, add_block, statistics_of, statistics_table
 
 _SOME_KEYS: Final = 3
 
@@ -99,6 +100,62 @@ def find_block(
         return [inspect_entry(store, entry, per_head=per_head) for store, entry in entries]
     (found,) = find(catalogs, Choice(keys=(key,)))
     return [StoredBlock.of(place, read(place), per_head=per_head) for place in found]
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Several blocks: a prompt, or a request.
+
+    Attributes:
+        damaged: keys of those that verify nowhere; they are left out.
+        unknown: how many are of a byte layout in which K and V cannot be told apart.
+    """
+
+    blocks: int
+    tokens: int
+    damaged: list[str]
+    unknown: int
+    statistics: list[PartStatistics]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def parts(self) -> Iterator[RenderableType]:
+        """For people."""
+        yield from lines(f"{self.blocks} blocks, {self.tokens} tokens, together")
+        if self.statistics:
+            yield statistics_table(self.statistics)
+        if self.unknown:
+            yield from lines(f"of {self.unknown} blocks it is not known here what K and V are")
+        yield from lines(*(f"BAD: {text}" for text in self.damaged))
+
+
+def inspect_together(
+    path: Path, choice: Choice, integrity_key_file: str | None = None, *, per_head: bool = False
+) -> Together:
+    """The numbers of all blocks that are chosen, as one; each is read from where it is sound.
+
+    Raises:
+        ConfigError, NotStoredError: see `tools.blocks.find`; blocks are of several identities.
+    """
+    found = find(find_catalogs(path, integrity_key_file), choice)
+    formats = [place.fmt for there in found for place in there if place.fmt is not None]
+    if differs := same_content(formats):
+        raise ConfigError(f"blocks of several identities: {differs}; name those of one, or a PATH that holds one")
+    damaged, unknown, numbers, n = [], 0, dict[tuple[int, str], Accumulator](), 0
+    with progress("reading", len(found)) as advance:
+        for there in found:
+            block = read_any(there)
+            if block.reason:
+                damaged.append(f"{there[0].key}: {block.reason}")
+            elif block.kv is None:
+                unknown += 1
+            else:
+                n += block.kv.shape[3]
+                add_block(numbers, block.kv, per_head=per_head)
+            advance(1)
+    rows = [row for (layer, part), one in numbers.items() for row in one.rows(layer, part, per_head=per_head)]
+    return Together(len(found), n, damaged, unknown, rows)
 
 
 def _layout(fmt: StoredFormat) -> dict[str, Any]:

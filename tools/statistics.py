@@ -147,14 +147,19 @@ class Accumulator:
 
 def statistics_of(block: torch.Tensor, *, per_head: bool) -> list[PartStatistics]:
     """Of each layer's K and V, or latent, of a block, (num_layers, kv_dim, num_kv_heads, tokens, head_size)."""
-    found = []
+    numbers: dict[tuple[int, str], Accumulator] = {}
+    add_block(numbers, block, per_head=per_head)
+    return [row for (layer, part), one in numbers.items() for row in one.rows(layer, part, per_head=per_head)]
+
+
+def add_block(numbers: dict[tuple[int, str], Accumulator], block: torch.Tensor, *, per_head: bool) -> None:
+    """Take a block, (num_layers, kv_dim, num_kv_heads, tokens, head_size), into the numbers of each (layer, part)."""
     for layer, of_layer in enumerate(block):
         for part, values in zip(PARTS[block.shape[1]], of_layer, strict=True):
             rows = values.flatten(1) if per_head else values.reshape(1, -1)
-            numbers = Accumulator(len(rows), block.dtype)
-            numbers.add(rows)
-            found += numbers.rows(layer, part, per_head=per_head)
-    return found
+            if (layer, part) not in numbers:
+                numbers[layer, part] = Accumulator(len(rows), block.dtype)
+            numbers[layer, part].add(rows)
 
 
 def statistics_table(statistics: Sequence[PartStatistics]) -> Table:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from kvstore.journal_view import JournalView, Request
 from kvstore.journal_writer import tenant_digest
@@ -25,6 +27,8 @@ from tests.engines.engine import (
     same,
     shared_storage,
 )
+from tests.foreign import tensors_of
+from tests.tools.test_cli import kvstore_json
 from tests.waiting import wait_until
 from tools.demo_process import ChildError
 
@@ -124,6 +128,41 @@ def test_the_journal_tells_who_asked_and_what_was_found(engine: Engine, data: Pa
     assert [move.why for key in keys if (move := view.move_of("host", key))] == [""] * 4
     assert view.opened[0].who == "SharedStorageScheduler"
     assert not view.problems
+
+
+def test_the_command_sees_what_the_engine_has_stored(
+    engine: Engine, cold: list[dict[str, Any]], data: Path, tmp_path: Path, model: Path
+) -> None:
+    """Beside the running engine: a prompt's KV is what Hugging Face computes, and everything is told of it."""
+    ids, journal = prompt(72, 700), ("--journal", data / "journal")
+    engine.generate(ids)
+    engine.from_store(ids)
+    (tmp_path / "ids").write_text(json.dumps(ids))
+    (row, *_) = kvstore_json("ls", data / "disk", *journal)["namespaces"]
+    assert row["blocks"] >= 5 and row["requests"] > 2 and row["hit_blocks"] >= 5
+    dumped = kvstore_json("dump", data / "disk", "--tokens", tmp_path / "ids", "--out", tmp_path / "out")
+    assert dumped["blocks"] == 5
+    with torch.no_grad():
+        llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        layers = llama(input_ids=torch.tensor([ids])).past_key_values.layers
+    found, _ = tensors_of(tmp_path / "out")
+    for i, layer in enumerate(layers):
+        for name, wanted in (("key", layer.keys), ("value", layer.values)):
+            wanted_thd = wanted[0].transpose(0, 1)[: 5 * BLOCK]
+            torch.testing.assert_close(found[f"layers.{i}.{name}"], wanted_thd, rtol=1e-3, atol=1e-4)
+    explained = kvstore_json("explain", data, "--tokens", tmp_path / "ids", *journal)
+    assert [block["tiers"]["disk"]["why"] for block in explained["blocks"]] == ["stored"] * 5
+    assert [block["tiers"]["host"]["why"] for block in explained["blocks"]] == ["stored"] * 5
+    tree = kvstore_json("ls", data / "disk", "--tree", *journal, "--limit", "100")["prefixes"]
+    assert any(branch["key"] == explained["blocks"][0]["key"][:64] for branch in tree)
+    last = JournalView.of(data / "journal").requests[-1]
+    then = kvstore_json("explain", data, "--request", last.request_id, *journal)["blocks"]
+    assert [block["then"] for block in then] == ["host"] * 5
+    (shown, *_) = kvstore_json("inspect", data / "disk", explained["blocks"][0]["key"])["blocks"]
+    assert shown["ok"] and shown["statistics"][0]["nan"] == 0
+    assert kvstore_json("report", data, *journal, "--out", tmp_path / "r.html")["problems"] == []
+    assert kvstore_json("top", data / "journal")["tiers"][0]["state"] == "on"
+    assert kvstore_json("plan", data / "journal")["requests"] > 2
 
 
 def test_metrics_say_what_each_tier_did(engine: Engine, cold: list[dict[str, Any]]) -> None:

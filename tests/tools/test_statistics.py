@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -89,3 +90,21 @@ def test_inspect_of_an_engines_pages(tmp_path: Path, byte_layout: str, is_known:
     assert bool(found["statistics"]) == is_known
     _, out, _ = kvstore("inspect", tmp_path, small_keys(identity)[5])
     assert ("is not known here" in out) == (not is_known)
+
+
+def test_a_prompt_together(small_store: Path, tmp_path: Path) -> None:
+    kv = copy_store(small_store, tmp_path / "kv")
+    (tmp_path / "ids").write_text(json.dumps(list(range(48))))
+    found = kvstore_json("inspect", kv / "disk", "--tokens", tmp_path / "ids", "--per-head")
+    assert (found["blocks"], found["tokens"], found["damaged"]) == (12, 48, [])
+    assert len(found["statistics"]) == LAYOUT.num_layers * 2 * LAYOUT.num_kv_heads
+    for row in found["statistics"]:
+        part = small_blocks()[:, row["layer"], "KV".index(row["part"]), row["head"]].to(torch.float64)
+        assert row["norm"] == pytest.approx(float(part.norm()))
+        assert (row["min"], row["max"]) == (part.min(), part.max())
+    with (kv / "disk/data").open("r+b") as f:
+        f.write(b"\xff\x00\xff")
+    code, out, _ = kvstore("inspect", kv / "disk", "--tokens", tmp_path / "ids")
+    assert (code, "BAD: " in out) == (1, True)
+    code, _, err = kvstore("inspect", kv / "disk", "ab", "--tokens", tmp_path / "ids")
+    assert (code, "KEY: give it, or" in err) == (2, True)
