@@ -35,11 +35,12 @@ MAX_HASHES: Final = (MAX_PAYLOAD_NBYTES - (64 << 10)) // BLOCK_HASH_NBYTES  # of
 MOVE_ID_NBYTES: Final = 8
 MAX_MOVES: Final = (MAX_PAYLOAD_NBYTES - (64 << 10)) // MOVE_ID_NBYTES  # of one `Moved`
 MAX_TEXT: Final = 256
-MAX_SEGMENTS: Final = 4096  # that are looked at; the newest
+MAX_SEGMENTS: Final = 1024  # that are looked at; the newest
 _MAX_SEGMENT_NBYTES: Final = 4 << 30
 _HEAD_NBYTES: Final = 12
 _GROUP_FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)
-_BATCH: Final = 256  # records that are decoded while a segment is open
+_BATCH: Final = 256  # records, and bytes, that are decoded while a segment is open
+_BATCH_NBYTES: Final = 256 << 10
 _NAME: Final = re.compile(r"[0-9]{20}-[0-9]{1,10}-[0-9a-f]{8}\.kvj")
 _MAX_PROBLEMS: Final = 100
 
@@ -236,9 +237,14 @@ class JournalReader:
         if len(found) > MAX_SEGMENTS:
             self._problem(f"{len(found)} segments; only the newest {MAX_SEGMENTS} are read")
             found = found[-MAX_SEGMENTS:]
-        streams = [((r.t_ns, i, segment.path.name, r) for r in self._read(segment)) for i, segment in enumerate(found)]
+        streams = (self._stream(i, segment) for i, segment in enumerate(found))
         for _, _, name, record in heapq.merge(*streams, key=lambda item: item[:2]):
             yield name, record
+
+    def _stream(self, number: int, segment: Segment) -> Iterator[tuple[int, int, str, AnyRecord]]:
+        """What a merge by time needs."""
+        for record in self._read(segment):
+            yield record.t_ns, number, segment.path.name, record
 
     def _read(self, segment: Segment) -> Iterator[AnyRecord]:
         """Of one segment, in the order written; opened only while it is read."""
@@ -270,7 +276,8 @@ class JournalReader:
                     return [], 0
                 at = len(MAGIC)
             file.seek(at)
-            while at < end and len(batch) < _BATCH:
+            until = min(end, at + _BATCH_NBYTES)
+            while at < until and len(batch) < _BATCH:
                 record, size = self._one(segment, file, end - at)
                 if record is None:
                     return batch, 0

@@ -29,9 +29,9 @@ from kvstore.journal import (
 )
 from kvstore.keys import BLOCK_HASH_NBYTES
 
-MAX_NODES: Final = 1 << 23
+MAX_NODES: Final = 1 << 22
 MAX_REQUESTS: Final = 1 << 20
-MAX_MOVES: Final = 1 << 26
+MAX_MOVES: Final = 1 << 25
 MAX_SAMPLES: Final = 1 << 18
 NO_NODE: Final = -1
 _SILENT_NS: Final = 60 * 10**9  # samples come more often
@@ -155,7 +155,7 @@ class JournalView:
     closed: set[int] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     _nodes: dict[bytes, int] = field(default_factory=dict)
-    _moves: dict[str, _Moves] = field(default_factory=dict)
+    _moves: dict[tuple[str, int], _Moves] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path, since_ns: int = 0) -> JournalView:
@@ -208,9 +208,12 @@ class JournalView:
 
     def hashes_of(self, request: Request) -> list[bytes]:
         """Of its prompt's blocks and, once it is over, of those that it generated."""
-        name = request.request_id
-        end = next((end.last for end in reversed(self.ends) if name and end.request_id == name), NO_NODE)
-        return max(self.path_to(request.last), self.path_to(end), key=len)
+        for end in reversed(self.ends):
+            if end.request_id == request.request_id and end.tenant == request.tenant:
+                nodes = self.nodes_to(end.last)
+                if request.last in nodes:  # and not another request of that id
+                    return [self.hashes[node] for node in nodes]
+        return self.path_to(request.last)
 
     def hashes_of_tenant(self, tenant: str) -> set[bytes]:
         """Of all blocks that a tenant's requests asked for, or stored; ``tenant`` as in `Request`."""
@@ -238,9 +241,19 @@ class JournalView:
     # -- tiers
 
     def move_of(self, tier: str, key: bytes) -> Move | None:
-        """The last that is known of a block key in a tier."""
-        moves = self._moves.get(tier)
-        return moves.last(key) if moves is not None else None
+        """The last that is known of a block key in a tier. Host memory is each process's own: where one that runs
+        has it, that counts. A directory is told of by all its processes: who removed it knows best why."""
+        found = [move for (name, _), moves in self._moves.items() if name == tier and (move := moves.last(key))]
+        if not found:
+            return None
+        if tier == "host":
+            here = [move for move in found if not move.why and not self.has_ended(move.pid)]
+            return max(here or found, key=lambda move: move.t_ns)
+        last = max(found, key=lambda move: move.t_ns)
+        if last.why == "by_other":
+            removed = [move for move in found if move.why not in ("", "by_other")]
+            return max(removed, key=lambda move: move.t_ns, default=last)
+        return last
 
     def has_ended(self, pid: int) -> bool:
         """Whether a process is gone, as far as the journal tells: it said so, or was silent while others wrote."""
@@ -248,7 +261,7 @@ class JournalView:
 
     def tiers(self) -> list[str]:
         """That anything is known of, from the top."""
-        known = {*self._moves, *(sample.tier for sample in self.samples)}
+        known = {*(tier for tier, _ in self._moves), *(sample.tier for sample in self.samples)}
         order = ("device", "host", "disk", "shared")
         return [*(tier for tier in order if tier in known), *sorted(known.difference(order))]
 
@@ -288,7 +301,7 @@ class JournalView:
             case Sample() if len(self.samples) < MAX_SAMPLES:
                 self.samples += [TierSample(record.t_ns, pid, tier, n) for tier, n in record.tiers.items()]
             case Moved() if self.num_moves < MAX_MOVES:
-                moves = self._moves.setdefault(record.tier, _Moves())
+                moves = self._moves.setdefault((record.tier, pid), _Moves())
                 self.num_moves += moves.add(record.ids, Move(record.t_ns, record.why, pid))
             case Asked() if len(self.requests) < MAX_REQUESTS:
                 self._add_request(record, writer)

@@ -107,7 +107,7 @@ class JournalWriter:
         self._config, self._opened, self._take_events, self._stats = config, opened, take_events, stats
         self._health = TierHealth(f"journal {config.path}")
         self._lock = threading.Lock()  # what waits
-        self._writing = threading.Lock()
+        self._writing = threading.Lock()  # the segment, and who takes events
         self._waiting: deque[PromptLookup | Reset] = deque()
         self._waiting_blocks = self._lost_records = self._lost_blocks = 0
         self._sampled_at = float("-inf")
@@ -140,9 +140,15 @@ class JournalWriter:
         with self._lock:
             self._waiting.append(Reset(t_ns=time.time_ns(), namespace=namespace))
 
-    def flush(self) -> None:
-        """Take events and write what waits, now."""
-        self._write_all()
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Take events and write what waits, now; False where what is written already takes longer than that."""
+        if not self._writing.acquire(timeout=timeout_s):
+            return False
+        try:
+            self._write_all()
+        finally:
+            self._writing.release()
+        return True
 
     def close(self) -> None:
         """Write what waits, and end the thread."""
@@ -168,23 +174,37 @@ class JournalWriter:
 
     def _run(self) -> None:
         while not self._stop.wait(_INTERVAL_S):
-            self._write_all()
-        self._sampled_at = float("-inf")  # the last state is worth a sample
-        self._write_all(Closed(t_ns=time.time_ns()))
-        self._end_segment()
+            with self._writing:
+                self._write_all()
+        with self._writing:
+            self._sampled_at = float("-inf")  # the last state is worth a sample
+            self._write_all(Closed(t_ns=time.time_ns()))
+            self._end_segment()
 
     def _write_all(self, *last: AnyRecord) -> None:
-        with self._writing:
-            try:
-                records = [*self._records(), *last]
-                if records and self._health.allow():
-                    self._write(records)
-                    self._health.recover()
-            except Exception as e:  # a journal is not worth a server
-                if not isinstance(e, OSError):
-                    logger.exception("journal %s: could not be written", self._config.path)
-                self._health.fail(e)
-                self._end_segment()
+        """By who holds ``_writing``."""
+        records: list[PromptLookup | AnyRecord] = []
+        try:
+            records = [*self._records(), *last]
+            if records and self._health.allow():
+                self._write(records)
+                self._health.recover()
+            else:
+                self._lose(records)
+        except Exception as e:  # a journal is not worth a server
+            if not isinstance(e, OSError):
+                logger.exception("journal %s: could not be written", self._config.path)
+            self._health.fail(e)
+            self._lose(records)
+            self._end_segment()
+            self._known = {h: number for h, number in self._known.items() if number != self._number}
+
+    def _lose(self, records: Iterable[PromptLookup | AnyRecord]) -> None:
+        """Count requests that are not written, or perhaps not."""
+        lost = [record for record in records if isinstance(record, PromptLookup)]
+        with self._lock:
+            self._lost_records += len(lost) + sum(r.records for r in records if isinstance(r, Lost))
+            self._lost_blocks += sum(len(r.keys) for r in lost) + sum(r.blocks for r in records if isinstance(r, Lost))
 
     def _records(self) -> Iterator[PromptLookup | AnyRecord]:
         with self._lock:

@@ -33,6 +33,8 @@ from kvstore.tiers.base import TierStats
 _EPOCH_NBYTES: Final = 16
 _JOURNAL_EVENT_BLOCKS: Final = 1 << 16  # that wait for the journal's thread, where nobody else takes them
 
+_JOURNAL_WAIT_S: Final = 1.0
+
 
 class Planes:
     """Owns the arena and the I/O service; `close` gives both back. Thread-safe.
@@ -175,8 +177,9 @@ class Planes:
         """What has come into host memory and the lower tiers, and gone, since the last call."""
         if self.journal is None:
             return self._new_events()
-        self.journal.flush()
-        return self._for_others.take()
+        is_written = self.journal.flush(_JOURNAL_WAIT_S)
+        rest = [] if is_written else self._new_events()  # its disk hangs: these it will not see
+        return [*self._for_others.take(), *rest]
 
     def _new_events(self) -> list[TierEvent]:
         lower = [] if self.io is None else self.io.take_events()

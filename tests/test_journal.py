@@ -28,6 +28,7 @@ from kvstore.journal import (
     Opened,
     Sample,
     frame,
+    move_ids,
     segments,
 )
 from kvstore.journal_view import NO_NODE, JournalView
@@ -203,6 +204,7 @@ def test_parents_in_a_circle(tmp_path: Path) -> None:
 def test_who_cannot_keep_up_says_so(tmp_path: Path) -> None:
     made = writer(tmp_path)
     with made._writing:
+        assert not made.flush(0.05)
         for i in range(30):
             made.asked(PromptLookup(keys=keys(*range(i * 20000, i * 20000 + 10000))))
     made.close()
@@ -279,7 +281,64 @@ def test_a_full_disk_turns_it_off_and_the_store_goes_on(tmp_path: Path) -> None:
     time.sleep(1.2)
     made.asked(PromptLookup(keys=keys(3), request_id="after"))
     made.close()
-    assert [request.request_id for request in JournalView.of(tmp_path / "j").requests] == ["before", "after"]
+    view = JournalView.of(tmp_path / "j")
+    assert [request.request_id for request in view.requests] == ["before", "after"]
+    assert view.num_lost == 1
+
+
+def test_a_journal_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
+    """Its thread is stuck in a write: events still come, requests are taken, and the store closes."""
+    config = type(small_config()).from_dict(
+        small_config(disk=tmp_path / "disk").to_dict()
+        | {"journal": {"path": str(tmp_path / "j")}, "event_log_blocks": 1000}
+    )
+    store = TieredStore(config)
+    journal = store._planes.journal
+    assert journal is not None
+    journal._writing.acquire()
+    try:
+        store.put(small_keys(), small_blocks())
+        store.asked(small_keys(), {})
+        start = time.monotonic()
+        assert {event.tier for event in store.take_events()} >= {"host"}
+        assert time.monotonic() - start < 5
+    finally:
+        journal._writing.release()
+    store.close()
+
+
+def test_processes_tell_of_the_same_block(tmp_path: Path) -> None:
+    """In host memory of one that runs: it is there. On disk: who removed it says why."""
+    key = keys(1)[0]
+    id_ = int(move_ids(key)[0]).to_bytes(8, "little")
+
+    def segment(pid: int, *records: Any) -> None:
+        data = MAGIC + b"".join(frame(record) for record in (msgspec.structs.replace(OPENED, pid=pid), *records))
+        (tmp_path / f"{pid:020d}-{pid}-00000000.kvj").write_bytes(data)
+
+    def moved(t_ns: int, tier: str, why: str) -> Moved:
+        return Moved(t_ns=t_ns, tier=tier, why=why, ids=id_)
+
+    segment(1, moved(10, "host", ""), moved(11, "disk", ""), moved(20, "disk", "evicted"))
+    segment(
+        2, moved(12, "host", ""), moved(13, "disk", ""), moved(21, "disk", "by_other"), moved(22, "host", "evicted")
+    )
+    view = JournalView.of(tmp_path)
+    host, disk = view.move_of("host", key), view.move_of("disk", key)
+    assert host is not None and (host.why, host.pid) == ("", 1)
+    assert disk is not None and (disk.why, disk.pid) == ("evicted", 1)
+
+
+def test_one_id_of_two_requests(tmp_path: Path) -> None:
+    made = writer(tmp_path)
+    for first in (10, 20):
+        made.asked(PromptLookup(keys=keys(first, first + 1), request_id="same"))
+        made.ended(keys(first, first + 1, first + 2), "same", "")
+    made.asked(PromptLookup(keys=keys(30), request_id="same"))
+    made.close()
+    view = JournalView.of(tmp_path)
+    found = [[h[-1] for h in view.hashes_of(request)] for request in view.requests]
+    assert found == [[10, 11, 12], [20, 21, 22], [30]]
 
 
 def test_a_path_that_is_none_stops_the_start(tmp_path: Path) -> None:
