@@ -258,7 +258,9 @@ def purge(
         choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal)
         chosen = keys_of(path, choice, integrity_key_file)
     if of_tenant is not None:
-        chosen = [*(chosen or ()), *keys_of_tenant(journal, of_tenant)]
+        keys_there, since = keys_of_tenant(journal, of_tenant)
+        chosen = [*(chosen or ()), *keys_there]
+        typer.echo(f"kvstore: the journal goes back {since}: what was stored before it is not found by it", err=True)
     wanted = Wanted(keys=chosen, model=model, namespace=namespace)
     _remove(path, wanted, integrity_key_file, dry_run=dry_run, ask=not yes, json=json)
 
