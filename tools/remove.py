@@ -20,7 +20,7 @@ from kvstore.slot import read_integrity_key
 from kvstore.tiers.catalog import Space
 from kvstore.tiers.removal import Candidates, candidates
 from tools.blocks import Choice, find
-from tools.output import lines, progress, size, table
+from tools.output import age, lines, progress, size, table
 from tools.places import find_catalogs
 
 COLUMNS = ("tier", "path", "chunks", "blocks", "bytes")
@@ -167,8 +167,8 @@ def keys_of(path: Path, choice: Choice, integrity_key_file: str | None) -> list[
     return [there[0].key for there in find(find_catalogs(path, integrity_key_file), choice)]
 
 
-def keys_of_tenant(journal: Path | None, tenant: str) -> list[BlockKey]:
-    """Keys of all that a tenant's requests asked for or stored, as far as the journal goes back.
+def keys_of_tenant(journal: Path | None, tenant: str) -> tuple[list[BlockKey], str]:
+    """Keys of all that a tenant's requests asked for or stored, and how far the journal goes back.
 
     Args:
         tenant: the salt, or its digest as ``kvstore ls --journal`` shows it.
@@ -182,7 +182,8 @@ def keys_of_tenant(journal: Path | None, tenant: str) -> list[BlockKey]:
     if not hashes:
         raise ConfigError(f"--of-tenant: the journal has no requests of {tenant!r}")
     num_groups = max(opened.num_groups for opened in view.opened)
-    return [BlockKey.of(block_hash, group) for block_hash in sorted(hashes) for group in range(num_groups)]
+    keys = [BlockKey.of(block_hash, group) for block_hash in sorted(hashes) for group in range(num_groups)]
+    return keys, age((time.time_ns() - view.first_ns) / 1e9)
 
 
 def check_given(options: dict[str, object]) -> None:
