@@ -57,9 +57,9 @@ def test_what_goes_while_it_is_pinned_is_in_limbo_until_its_last_pin() -> None:
     slots = store(table, [0, 1])
     table.pin(slots)
     table.pin(slots[:1])
-    assert table.drop(slots).tolist() == []
+    assert table.drop(slots, "purged").tolist() == []
     assert table.find_prefix([key(1)]).tolist() == []
-    assert table.drop(slots).tolist() == []  # it has gone already
+    assert table.drop(slots, "purged").tolist() == []  # it has gone already
     assert table.unpin(slots).tolist() == [slots[1]]
     assert table.unpin(slots[:1]).tolist() == [slots[0]]
     assert table.num_pinned == 0
@@ -70,7 +70,7 @@ def test_one_slot_pinned_twice_in_one_call() -> None:
     (slot,) = store(table, [0])
     twice = np.array([slot, slot])
     table.pin(twice)
-    table.drop(twice[:1])
+    table.drop(twice[:1], "purged")
     assert table.unpin(twice[:1]).tolist() == []
     assert table.unpin(twice[:1]).tolist() == [slot]
 
@@ -103,7 +103,7 @@ def test_every_slot_is_in_one_place(per_chunk: int, steps: list[tuple[str, int]]
             slots = table.allocate(len(numbers))
             table.publish(slots, chunks(numbers[: len(slots)], per_chunk))
         elif kind == "d":
-            loose = table.drop(some)
+            loose = table.drop(some, "purged")
             assert set(some.tolist()) - set(loose.tolist()) == set(some.tolist()) & set(pinned)
             limbo |= set(some.tolist()) - set(loose.tolist())
             table.release(loose)
