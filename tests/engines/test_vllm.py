@@ -137,6 +137,7 @@ def test_the_command_sees_what_the_engine_has_stored(
     ids, journal = prompt(72, 700), ("--journal", data / "journal")
     engine.generate(ids)
     engine.from_store(ids)
+    wait_until(lambda: JournalView.of(data / "journal").requests[-1].hits == {"host": 5})
     (tmp_path / "ids").write_text(json.dumps(ids))
     (row, *_) = kvstore_json("ls", data / "disk", *journal)["namespaces"]
     assert row["blocks"] >= 5 and row["requests"] > 2 and row["hit_blocks"] >= 5
