@@ -198,6 +198,11 @@ class StoreConfig:
             _text("integrity_key_file", self.integrity_key_file)
         if self.disk and self.shared and os.path.realpath(self.disk.path) == os.path.realpath(self.shared.path):
             raise ConfigError(f"shared.path: {self.shared.path!r} is disk.path too; give each tier its own directory")
+        if self.journal is not None:
+            journal = os.path.realpath(self.journal.path)
+            for name, tier in (("disk", self.disk), ("shared", self.shared)):
+                if tier is not None and os.path.realpath(tier.path) == journal:
+                    raise ConfigError(f"journal.path: {journal!r} is {name}.path too; give it a directory of its own")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:

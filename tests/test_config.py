@@ -266,3 +266,9 @@ def test_any_value_is_taken_or_refused_with_its_key(key: str, value: object) -> 
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         HostTierConfig(num_blocks=4).num_blocks = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("tier", ["disk", "shared"])
+def test_a_journal_has_a_directory_of_its_own(tier: str) -> None:
+    with pytest.raises(ConfigError, match=rf"journal\.path: .* is {tier}\.path too"):
+        StoreConfig.from_dict(changed("journal.path", FULL[tier]["path"] + "/."))

@@ -219,9 +219,9 @@ def find(catalogs: Sequence[Catalog], choice: Choice) -> list[list[Place]]:
     if starts:
         found = _by_start(catalogs, starts)
         return [found[start] for start in dict.fromkeys(starts)]
-    wanted: dict[BlockKey, list[Place]] = {}
-    for fmt in [fmt for catalog in catalogs for fmt in catalog.formats()]:
-        wanted |= {key: [] for key in choice.of_prompt(fmt)}
+    wanted: dict[BlockKey, list[Place]] = {
+        key: [] for of_one in prompts_by_format(formats_of(catalogs), choice).values() for key in of_one
+    }
     for place in places(catalogs):
         if place.key in wanted and choice.means(place):
             wanted[place.key].append(place)
@@ -229,6 +229,28 @@ def find(catalogs: Sequence[Catalog], choice: Choice) -> list[list[Place]]:
     if not stored:
         raise NotStoredError("nothing of this prompt is stored here")
     return stored
+
+
+def formats_of(catalogs: Sequence[Catalog]) -> list[StoredFormat]:
+    return [fmt for catalog in catalogs for fmt in catalog.formats()]
+
+
+def prompts_by_format(formats: Sequence[StoredFormat], choice: Choice) -> dict[int, list[BlockKey]]:
+    """A prompt's keys in KV of each format, by its place in the sequence; of those whose keys can be worked out.
+
+    Raises:
+        ConfigError: the prompt is none, or its keys cannot be worked out in any of them.
+    """
+    found: dict[int, list[BlockKey]] = {}
+    problem: ConfigError | None = None
+    for i, fmt in enumerate(formats):
+        try:
+            found[i] = choice.of_prompt(fmt)
+        except ConfigError as e:
+            problem = e
+    if problem is not None and not found:
+        raise problem
+    return found
 
 
 def places(catalogs: Sequence[Catalog]) -> Iterator[Place]:

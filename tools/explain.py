@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,7 @@ from kvstore.journal_view import JournalView, Move, Request
 from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
-from tools.blocks import Choice, Place, only_request, places, read, same_content
+from tools.blocks import Choice, Place, only_request, places, prompts_by_format, read, same_content
 from tools.ls import problem_lines, problems_of
 from tools.output import age, lines, progress, table
 from tools.places import find_catalogs
@@ -360,10 +361,11 @@ def _of_prompt(
     if not keys:
         raise NotStoredError(f"the prompt is shorter than one block of {asked.layout.block_size} tokens")
     others: list[dict[BlockKey, tuple[str, str]]] = [{} for _ in keys]
-    for fmt in rest:
-        if fmt.layout.block_size == asked.layout.block_size:
-            for i, key in enumerate(choice.of_prompt(fmt)):
-                others[i].setdefault(key, ("identity", _difference(asked, fmt)))
+    alike = [fmt for fmt in rest if fmt.layout.block_size == asked.layout.block_size]
+    with suppress(ConfigError):  # of none of these keys can be worked out
+        for at, theirs in prompts_by_format(alike, choice).items():
+            for i, key in enumerate(theirs):
+                others[i].setdefault(key, ("identity", _difference(asked, alike[at])))
     for salt in dict.fromkeys(("", *other_tenants)):
         if salt != choice.tenant:
             said = "another tenant" if salt else "no tenant"

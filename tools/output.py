@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final
 
 from rich.console import Console, RenderableType
@@ -94,6 +95,19 @@ def parse_size(option: str, text: str) -> int:
     return int(float(found[1]) * (1000 if found[2].endswith("b") and "i" not in found[2] else 1024) ** exponent)
 
 
+_QUIET: Final = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def no_progress() -> Iterator[None]:
+    """While a command draws the whole terminal itself."""
+    before = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(before)
+
+
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, if that is a terminal, while something long runs; call what it yields with steps done."""
@@ -104,7 +118,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
         TextColumn("{task.completed}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=_QUIET.get() or not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.advance(task, steps)
 

@@ -15,7 +15,7 @@ from kvstore.journal import is_journal
 from kvstore.journal_view import JournalView, TierSample
 from tools import journal_stats
 from tools.journal_stats import TierUse, tier_uses
-from tools.output import age, lines, printable, size, table
+from tools.output import age, lines, no_progress, printable, size, table
 from tools.stat import stat
 
 MOST_REQUESTS: Final = 10
@@ -98,7 +98,7 @@ def watch(path: Path, interval_s: float) -> None:
     if not console.is_terminal:
         raise ConfigError("top: stdout is no terminal; give --once, or --json")
     _, parts = look(path)
-    with Live(Group(*parts), console=console, screen=True, auto_refresh=False) as live:
+    with no_progress(), Live(Group(*parts), console=console, screen=True, auto_refresh=False) as live:
         while True:
             head = lines(f"{printable(str(path))}   {time.strftime('%H:%M:%S')}   every {interval_s:g} s, Ctrl-C ends")
             live.update(Group(*head, *parts), refresh=True)
