@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError
+from tests.tools.test_cli import kvstore_json
 from tools.demo import GUIDE, QUESTIONS, SOURCES, DemoConfig, _Prompts
 from tools.demo_model import prepare_model
 from tools.demo_process import Child, ChildError
@@ -47,6 +48,22 @@ def test_demo_answers_the_same_from_every_source(tmp_path: Path) -> None:
     listed = {row["tier"]: row["blocks"] for row in result["stored"]["namespaces"]}
     assert listed == {"disk": rows["disk"]["tokens"] // 16, "shared": rows["disk"]["tokens"] // 16}
     assert {path.name for path in keep.iterdir()} == {"disk", "shared"}
+    the_commands_look_into(keep, tmp_path, rows["disk"]["tokens"])
+
+
+def the_commands_look_into(keep: Path, tmp_path: Path, num_tokens: int) -> None:
+    """A real model's KV, named by the text that it was computed from."""
+    text = ("--text", GUIDE.read_text(), "--tokenizer", prepare_model())
+    dumped = kvstore_json("dump", keep / "disk", *text, "--out", tmp_path / "guide")
+    assert dumped["tokens"] <= num_tokens < dumped["tokens"] + 16
+    assert kvstore_json("diff", keep / "disk", keep / "shared", *text)["equal"]
+    together = kvstore_json("inspect", keep / "disk", *text)
+    assert (together["blocks"], together["damaged"]) == (dumped["blocks"], [])
+    assert not any(row["nan"] or row["inf"] for row in together["statistics"])
+    explained = kvstore_json("explain", keep, *text)
+    assert explained["usable_blocks"] == dumped["blocks"]
+    kvstore_json("plot", tmp_path / "guide", "--out", tmp_path / "guide.png")
+    assert kvstore_json("report", keep, "--out", tmp_path / "r.html")["problems"] == []
 
 
 def test_guide_is_long_enough_and_begins_every_prompt() -> None:
