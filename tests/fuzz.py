@@ -35,7 +35,7 @@ from kvstore.tiers.index_stream import _Frames
 from tests.foreign import FS_CONFIG
 from tests.small import IDENTITY
 from tests.test_journal import ASKED, GOOD, OPENED, packed, segment_with
-from tools.blocks import Choice
+from tools.choice import Choice
 from tools.foreign.base import ForeignEntry
 from tools.foreign.vllm_fs import VllmFsStore
 from tools.plan.trace import read_trace

@@ -25,7 +25,7 @@ from kvstore import StoreConfig
 from kvstore.config_source import _leaves
 from tests.journals import serve
 from tests.small import LAYOUT, NUM_BLOCKS, copy_store
-from tools.blocks import Choice
+from tools.choice import Choice
 from tools.dump import dump_blocks
 
 ROOT = Path(__file__).resolve().parents[1]

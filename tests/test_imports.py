@@ -33,7 +33,7 @@ DATA_PLANE = "direct_io arena jobs copier tiers"
 ADAPTERS = {
     "transformers": ("connectors/transformers.py", "tools/demo*.py"),
     "gguf": ("tools/demo*.py",),
-    "tokenizers": ("tools/blocks.py", "tools/demo*.py"),
+    "tokenizers": ("tools/choice.py", "tools/demo*.py"),
     "vllm": ("connectors/vllm/*.py", "tools/bench/vllm*.py"),
     "nixl": ("connectors/nixl.py", "tools/bench/network_peer.py"),
     "aiohttp": ("tools/proxy/*.py", "tools/demo_vllm/client.py"),

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from tools.commands import diff, dump, explain, gc, load, plot, purge, report, stat, top
+from tools.commands import diff, dump, explain, load, plot
 from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
@@ -33,8 +33,10 @@ from tools.options import (
     Tokens,
     choice_of,
 )
+from tools.overview_commands import report, stat, top
 from tools.plan.command import plan
 from tools.proxy.command import proxy
+from tools.removal_commands import gc, purge
 
 app = typer.Typer(
     name="kvstore",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,9 +23,6 @@ from tools.options import (
     Tokens,
     choice_of,
 )
-
-if TYPE_CHECKING:
-    from tools.remove import Removed, Wanted
 
 
 def dump(
@@ -179,132 +176,6 @@ def plot(
     show(data, lines(f"{found.num_blocks} blocks are drawn in {out}"), as_json=json)
 
 
-Namespace = Annotated[str | None, typer.Option("--namespace", metavar="HEX", help="Only of namespaces that begin so.")]
-Tier = Annotated[str | None, typer.Option("--tier", metavar="TIER", help="Only disk, or only shared.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")]
-
-
-def gc(
-    path: StoredPath,
-    max_bytes: Annotated[
-        str | None, typer.Option("--max-bytes", metavar="SIZE", help="The oldest go, until a directory holds this.")
-    ] = None,
-    older_than: Annotated[str | None, typer.Option(metavar="AGE", help="What is older goes: 90s, 2h, 7d.")] = None,
-    old_epochs: Annotated[bool, typer.Option("--old-epochs", help="What was stored before a reset goes.")] = False,
-    namespace: Namespace = None,
-    tier: Tier = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    integrity_key_file: KeyFile = None,
-) -> None:
-    """Make room: remove what is old.
-
-    Works beside running stores, to whom what has gone is a miss. Interrupted, it leaves the rest as it was, and
-    has exit code 130.
-
-    \b
-    Example: kvstore gc /mnt/kv --older-than 7d --max-bytes 500GiB --dry-run
-    """
-    from tools.output import parse_age, parse_size
-    from tools.remove import Wanted, check_given
-
-    check_given({"--max-bytes": max_bytes, "--older-than": older_than, "--old-epochs": old_epochs,
-                 "--namespace": namespace})  # fmt: skip
-    wanted = Wanted(
-        namespace=namespace, tier=tier, old_epochs=old_epochs,
-        older_than_s=None if older_than is None else parse_age("--older-than", older_than),
-        max_nbytes=None if max_bytes is None else parse_size("--max-bytes", max_bytes),
-    )  # fmt: skip
-    _remove(path, wanted, integrity_key_file, dry_run=dry_run, ask=False, json=json)
-
-
-def purge(
-    path: StoredPath,
-    key: Keys = None,
-    keys: KeysFile = None,
-    tokens: Tokens = None,
-    text: Text = None,
-    tokenizer: Tokenizer = None,
-    tenant: Tenant = "",
-    request: Request = None,
-    of_tenant: Annotated[
-        str | None, typer.Option(metavar="SALT", help="All of a tenant, or of its digest; needs --journal.")
-    ] = None,
-    journal: Journal = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="All of this model.")] = None,
-    namespace: Namespace = None,
-    everything: Annotated[bool, typer.Option("--all", help="All that is stored.")] = False,
-    dry_run: DryRun = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    json: Json = False,
-    integrity_key_file: KeyFile = None,
-) -> None:
-    """Delete blocks, a prompt, a model, for good.
-
-    On disk they are overwritten, so that nothing brings them back. Chunks go as a whole. Asks first, unless --yes is
-    given; works beside running stores, which may have copies in memory.
-
-    \b
-    Example: kvstore purge /var/cache/kv --tokens prompt.json --yes
-    """
-    from tools.remove import Wanted, check_given, keys_of, keys_of_tenant
-
-    is_chosen = bool(key or keys or tokens or text is not None or request is not None)
-    check_given({"--key": key, "--keys": keys, "--tokens": tokens, "--text": text, "--request": request,
-                 "--of-tenant": of_tenant, "--model": model, "--namespace": namespace,
-                 "--all": everything})  # fmt: skip
-    chosen = None
-    if is_chosen:
-        choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal)
-        chosen = keys_of(path, choice, integrity_key_file)
-    if of_tenant is not None:
-        keys_there, since = keys_of_tenant(journal, of_tenant)
-        chosen = [*(chosen or ()), *keys_there]
-        typer.echo(f"kvstore: the journal goes back {since}: what was stored before it is not found by it", err=True)
-    wanted = Wanted(keys=chosen, model=model, namespace=namespace)
-    _remove(path, wanted, integrity_key_file, dry_run=dry_run, ask=not yes, json=json)
-
-
-def _remove(
-    path: Path, wanted: Wanted, integrity_key_file: str | None, *, dry_run: bool, ask: bool, json: bool
-) -> None:
-    import sys
-
-    from kvstore.errors import ConfigError
-    from tools.output import results, show
-    from tools.remove import remove
-
-    def confirm(would: Removed) -> bool:
-        if not ask:
-            return True
-        if not sys.stdin.isatty():
-            raise ConfigError("--yes: not given, and nobody can be asked here; give it, or --dry-run")
-        for part in would.parts():
-            results().print(part)
-        return typer.confirm("Delete these?")
-
-    removed = remove(path, wanted, integrity_key_file=integrity_key_file, confirm=None if dry_run else confirm)
-    show(removed.to_dict(), removed.parts(), as_json=json)
-    if not removed.is_whole:
-        raise typer.Exit(130)
-
-
-def stat(path: StoredPath, journal: Journal = None, json: Json = False) -> None:
-    """Show how full each tier is, a line each.
-
-    With --journal also the tiers of each server, host memory too: used, pinned, hit rate, and how long ago what is
-    hit was asked for before.
-
-    \b
-    Example: kvstore stat /var/cache/kv --journal /var/lib/kv-journal
-    """
-    from tools.output import show
-    from tools.stat import stat as look
-
-    found = look(path, journal)
-    show(found.to_dict(), found.parts(), as_json=json)
-
-
 def explain(
     path: StoredPath,
     key: Keys = None,
@@ -335,52 +206,3 @@ def explain(
     found = look(path, choice, journal=journal, model=model, other_tenants=other_tenant or (),
                  integrity_key_file=integrity_key_file)  # fmt: skip
     show(found.to_dict(), found.parts(), as_json=json)
-
-
-def top(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The servers' journal, or a store's directory.")],
-    interval: Annotated[float, typer.Option(min=0.2, max=3600.0, help="Seconds between two looks.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Show it once, and end.")] = False,
-    json: Json = False,
-) -> None:
-    """Watch servers, or a store.
-
-    Of a journal: each server's tiers, what they read, write and evict a second, and the last requests with what was
-    found of them. Of a directory: how full it is. Ctrl-C ends it.
-
-    \b
-    Example: kvstore top /var/lib/kv-journal
-    """
-    from tools.output import show
-    from tools.top import look, watch
-
-    if once or json:
-        data, parts = look(path)
-        show(data, parts, as_json=json)
-    else:
-        watch(path, interval)
-
-
-def report(
-    path: StoredPath,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The HTML file to write.")],
-    journal: Journal = None,
-    trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plan from this, and not from the journal.")
-    ] = None,
-    json: Json = False,
-    integrity_key_file: KeyFile = None,
-) -> None:
-    """Write one HTML page with all of it.
-
-    The tables and pictures of stat, ls, plot and plan, in a file that loads nothing from anywhere and can be sent.
-
-    \b
-    Example: kvstore report /var/cache/kv --journal /var/lib/kv-journal --out report.html
-    """
-    from tools.output import lines, show, size
-    from tools.report.report import make, summary, write
-
-    made = make(path, journal, trace, integrity_key_file)
-    nbytes = write(made, out)
-    show(summary(made, nbytes, out), lines(f"{out}: {len(made.sections)} sections, {size(nbytes)}"), as_json=json)

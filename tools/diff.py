@@ -15,7 +15,8 @@ from rich.console import RenderableType
 from kvstore.errors import ConfigError
 from kvstore.keys import BlockKey
 from kvstore.prefix_file import PrefixFile
-from tools.blocks import Choice, find, places, read_any
+from tools.blocks import find, places, read_any
+from tools.choice import Choice
 from tools.output import lines, progress, table
 from tools.places import find_catalogs
 

@@ -19,7 +19,8 @@ from kvstore.keys import keys_to_array
 from kvstore.planes import Planes
 from kvstore.prefix_file import PrefixFile, PrefixHeader, pieces_of
 from kvstore.stored_format import StoredFormat
-from tools.blocks import Choice, Place, find, read_any, same_content
+from tools.blocks import Place, find, read_any, same_content
+from tools.choice import Choice
 from tools.foreign.dump import DumpedEntry, dump_entry
 from tools.new_file import check_free, new_file
 from tools.output import lines, progress, size

@@ -20,7 +20,8 @@ from kvstore.journal_view import JournalView, Move, Request
 from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
-from tools.blocks import Choice, Place, only_request, places, prompts_by_format, read, same_content
+from tools.blocks import Place, places, prompts_by_format, read, same_content
+from tools.choice import Choice, only_request
 from tools.ls import problem_lines, problems_of
 from tools.output import age, lines, progress, table
 from tools.places import find_catalogs

@@ -13,7 +13,8 @@ from rich.console import RenderableType
 from kvstore.errors import ConfigError
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
-from tools.blocks import Block, Choice, Place, find, read, read_any, same_content
+from tools.blocks import Block, Place, find, read, read_any, same_content
+from tools.choice import Choice
 from tools.foreign.look import ForeignBlock, describe_foreign, entries_that_begin, foreign_table, inspect_entry
 from tools.ls import problem_lines, problems_of
 from tools.output import lines, progress, table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tools.blocks import Choice
+    from tools.choice import Choice
 
 StoredPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A disk tier's directory, a shared path, or a folder that holds them.")
@@ -19,7 +19,7 @@ KeyFile = Annotated[
     typer.Option("--integrity-key-file", metavar="FILE", help="The secret that the slots were signed with."),
 ]
 
-# Which blocks are meant; see `tools.blocks.Choice`.
+# Which blocks are meant; see `tools.choice.Choice`.
 Keys = Annotated[
     list[str] | None, typer.Option("--key", metavar="KEY", help="A block's key, or its start; may be repeated.")
 ]
@@ -48,7 +48,7 @@ def choice_of(
     request: str | None = None,
     journal: Path | None = None,
 ) -> Choice:
-    from tools.blocks import Choice
+    from tools.choice import Choice
 
     return Choice(
         keys=tuple(key or ()), keys_file=keys, tokens_file=tokens, text=text, tokenizer=tokenizer, tenant=tenant,

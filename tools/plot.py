@@ -10,7 +10,8 @@ import torch
 
 from kvstore.errors import ConfigError, NotStoredError
 from kvstore.prefix_file import PrefixFile
-from tools.blocks import Choice, find, read_any
+from tools.blocks import find, read_any
+from tools.choice import Choice
 from tools.figures import new_figure
 from tools.output import printable, progress
 from tools.places import find_catalogs

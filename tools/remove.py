@@ -19,7 +19,8 @@ from kvstore.keys import BlockKey, keys_to_array
 from kvstore.slot import read_integrity_key
 from kvstore.tiers.catalog import Space
 from kvstore.tiers.removal import Candidates, candidates
-from tools.blocks import Choice, find
+from tools.blocks import find
+from tools.choice import Choice
 from tools.output import age, lines, progress, size, table
 from tools.places import find_catalogs
 

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 
 from kvstore.errors import ConfigError, DamagedFileError, NotStoredError
 from kvstore.safetensors_header import MAX_HEADER_NBYTES, NAMES
-from tools.blocks import Choice
+from tools.choice import Choice
 from tools.foreign.base import ForeignEntry, ForeignPart, ForeignStore, pieces_of
 from tools.foreign.look import entries_that_begin
 from tools.new_file import new_file

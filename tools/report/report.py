@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from kvstore.errors import ConfigError, KVStoreError, MissingExtraError
 from kvstore.journal_view import JournalView
 from tools import journal_stats, ls, stat
-from tools.blocks import Choice, places
+from tools.blocks import places
+from tools.choice import Choice
 from tools.figures import png
 from tools.journal_stats import tier_uses
 from tools.output import printable, progress, size
