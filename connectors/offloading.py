@@ -205,7 +205,7 @@ class OffloadingScheduler(SchedulerHalf):
         if asker is not None and self._planes.journal is not None:
             self._planes.journal.ended(keys[0], asker.request_id, tenant_digest(asker.tenant))
         for of_group in keys:
-            self._manager.touch(of_group)
+            self._manager.arrange(of_group)
 
     def failed(self, numbers: Sequence[int]) -> None:
         self._known_failures += numbers

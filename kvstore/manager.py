@@ -75,10 +75,10 @@ class TierManager:
         """End a lease; its slots may be evicted."""
         self.unpin(lease.slots)
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
-        """Note a use of a prefix, so that its tail leaves before its head."""
+    def arrange(self, keys: Sequence[BlockKey]) -> None:
+        """Let a prefix's tail leave before its head; no use of it: `prepare_load` is one."""
         with self._room:
-            self._table.touch(self._table.slots_of(self._table.find_prefix(keys)))
+            self._table.arrange(self._table.slots_of(self._table.find_prefix(keys)))
 
     def reserve(self, n: int, deadline: float) -> Slots:
         """Take slots to be filled: free ones, else evicted ones.

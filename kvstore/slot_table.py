@@ -83,6 +83,10 @@ class SlotTable:
         """Note one use of a prefix, head first; slots that are not ready are passed over."""
         self.policy.touch(slots[self._ready[slots]])
 
+    def arrange(self, slots: Slots) -> None:
+        """Let a prefix's tail leave before its head, head first; slots that are not ready are passed over."""
+        self.policy.arrange(slots[self._ready[slots]])
+
     def allocate(self, n: int) -> Slots:
         """Take up to n free slots; evicts nothing."""
         return self.allocator.allocate(n)

@@ -112,7 +112,7 @@ class TieredStore:
             self._count(dropped_blocks=end - taken)
         taken = max(taken, present)
         if first_block or is_present.any() or taken > step:  # else it was taken in as one, head first
-            self._manager.touch(keys[: first_block + taken])
+            self._manager.arrange(keys[: first_block + taken])
         if self._device is not None:
             self._device.put(wanted[:taken], blocks[:taken], device_epoch)
         return taken

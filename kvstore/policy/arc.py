@@ -34,6 +34,11 @@ class ARCPolicy(EvictionPolicy):
         self._recent.remove(slots[self._recent.holds(slots)])
         self._frequent.add(slots)
 
+    def arrange(self, slots: Slots) -> None:
+        in_recent = self._recent.holds(slots)
+        self._recent.add(slots[in_recent])
+        self._frequent.add(slots[~in_recent])
+
     def remove(self, slots: Slots) -> None:
         in_recent = self._recent.holds(slots)
         self._recent.remove(slots[in_recent])

@@ -34,7 +34,13 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def touch(self, slots: Slots) -> None:
-        """Note one use of a prefix whose chunks lie in ``slots``, head first; all are in."""
+        """Note one use of a prefix whose chunks lie in ``slots``, head first; all are in. Its tail is to leave before
+        its head."""
+
+    @abstractmethod
+    def arrange(self, slots: Slots) -> None:
+        """As `touch`, but this is no use: something was inserted behind the prefix's head, by the same request that
+        has touched what it found of it."""
 
     @abstractmethod
     def remove(self, slots: Slots) -> None:

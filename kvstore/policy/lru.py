@@ -22,6 +22,9 @@ class LRUPolicy(EvictionPolicy):
     def touch(self, slots: Slots) -> None:
         self._list.add(slots)
 
+    def arrange(self, slots: Slots) -> None:
+        self._list.add(slots)
+
     def remove(self, slots: Slots) -> None:
         self._list.remove(slots)
 

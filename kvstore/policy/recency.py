@@ -48,6 +48,13 @@ class RecencyList:
         self._clock += len(slots)
         self._stamps[slots] = self._clock - np.arange(len(slots))
 
+    def arrange(self, slots: Slots) -> None:
+        """Give slots that are in each other's places: of those that they have, the head gets the newest."""
+        stamps = self._stamps[slots]
+        if (stamps[1:] > stamps[:-1]).any():
+            self._stamps[slots] = np.sort(stamps)[::-1]
+            self._forget_order()
+
     def remove(self, slots: Slots) -> None:
         """Take out slots that are in."""
         self._stamps[slots] = _OUT

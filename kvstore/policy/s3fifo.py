@@ -17,7 +17,7 @@ from kvstore.policy.recency import Ghosts, RecencyList
 
 _SMALL_PART: Final = 10
 _MAX_USES: Final = 3
-_USES_TO_MOVE: Final = 2
+_USES_TO_MOVE: Final = 1  # its insertion is none
 _BATCH: Final = 256
 
 
@@ -39,6 +39,13 @@ class S3FIFOPolicy(EvictionPolicy):
 
     def touch(self, slots: Slots) -> None:
         self._uses[slots] = np.minimum(self._uses[slots] + 1, _MAX_USES)
+
+    def arrange(self, slots: Slots) -> None:
+        """A queue is in the order of arrival, and stays so: what came in parts leaves as if it had come in one."""
+        unused = slots[self._uses[slots] == 0]
+        in_small = self._small.holds(unused)
+        self._small.arrange(unused[in_small])
+        self._main.arrange(unused[~in_small])
 
     def remove(self, slots: Slots) -> None:
         in_small = self._small.holds(slots)

@@ -55,6 +55,19 @@ class PolicyTests(ABC):
         policy.insert(_slots(2, 0), _tags(_slots(2, 0)))
         assert sorted(policy.evict(4, nothing).tolist()) == [0, 2]
 
+    def test_a_tail_leaves_before_its_head(self) -> None:
+        nothing = np.zeros(8, dtype=np.bool_)
+        at_once, in_parts, grown = (self.make_policy(8) for _ in range(3))
+        at_once.insert(_slots(3, 1, 6, 2), _tags(_slots(3, 1, 6, 2)))
+        for policy in (in_parts, grown):
+            policy.insert(_slots(3, 1), _tags(_slots(3, 1)))
+        grown.touch(_slots(3, 1))
+        for policy in (in_parts, grown):
+            policy.insert(_slots(6, 2), _tags(_slots(6, 2)))
+            policy.arrange(_slots(3, 1, 6, 2))
+        for policy in (at_once, in_parts, grown):
+            assert [int(slot) for _ in range(4) for slot in policy.evict(1, nothing)] == [2, 6, 1, 3]
+
     def test_grows(self) -> None:
         policy = self.make_policy(2)
         policy.insert(_slots(0, 1), _tags(_slots(0, 1)))
@@ -72,7 +85,7 @@ class PolicyTests(ABC):
         assert max(remembered, default=0) <= 2 * 16
 
     def test_agrees_with_a_set(self) -> None:
-        steps = st.lists(st.tuples(st.sampled_from("iterp"), st.integers(0, 2**32)), max_size=60)
+        steps = st.lists(st.tuples(st.sampled_from("itaerp"), st.integers(0, 2**32)), max_size=60)
         settings(max_examples=150, deadline=None)(given(steps)(self._agrees_with_a_set))()
 
     def _agrees_with_a_set(self, steps: list[tuple[str, int]]) -> None:
@@ -92,6 +105,9 @@ class PolicyTests(ABC):
             elif kind == "t":
                 policy.touch(some)
                 again.touch(some)
+            elif kind == "a":
+                policy.arrange(some)
+                again.arrange(some)
             elif kind == "r":
                 policy.remove(some)
                 again.remove(some)

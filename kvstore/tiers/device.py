@@ -69,7 +69,7 @@ class DeviceTier:
         return n
 
     def put(self, keys: Sequence[BlockKey], blocks: torch.Tensor, epoch: int) -> None:
-        """Keep leading blocks, as many as there is room for; those present are only touched.
+        """Keep leading blocks, as many as there is room for; those present are only arranged.
 
         Args:
             keys: prefix first; ``blocks[i]`` is the KV of ``keys[i]``.
@@ -80,7 +80,7 @@ class DeviceTier:
             if epoch != self.epoch:
                 return
             absent = np.flatnonzero(~self._table.index.contains(keys))
-            self._table.touch(self._table.find_prefix(keys))
+            self._table.arrange(self._table.find_prefix(keys))  # so that none of it goes to make room
             slots = self._take(len(absent))
             absent = absent[: len(slots)]
             if len(slots):
@@ -88,6 +88,7 @@ class DeviceTier:
                 self._blocks[self._on_device(slots)] = source.to(self._blocks.device)
                 self._wait()
                 self._table.publish(slots, keys_to_array(keys)[absent][:, None, :])
+                self._table.arrange(self._table.find_prefix(keys))
             self._stats.written_nbytes += len(slots) * self._block_nbytes
             self._stats.write_s += time.monotonic() - start
 

@@ -46,6 +46,16 @@ class TestARC(PolicyTests):
     def make_policy(self, num_slots: int) -> EvictionPolicy:
         return make_policy("arc", num_slots)
 
+    def test_what_is_put_in_parts_was_used_once(self) -> None:
+        """It makes room for itself; what a request came back for stays, though it is older."""
+        policy = self.make_policy(8)
+        policy.insert(np.arange(4), np.arange(4, dtype=np.uint64))
+        policy.touch(np.arange(4))
+        policy.insert(np.array([4, 5]), np.array([4, 5], dtype=np.uint64))
+        policy.insert(np.array([6, 7]), np.array([6, 7], dtype=np.uint64))
+        policy.arrange(np.arange(4, 8))
+        assert policy.evict(8, NOTHING[:8]).tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+
 
 class TestS3FIFO(PolicyTests):
     def make_policy(self, num_slots: int) -> EvictionPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterable
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore import BlockKey, HostTierConfig, TieredStore
 from kvstore.errors import ConfigError
+from tests.small import LAYOUT, small_config
 from tests.tools.test_cli import kvstore, kvstore_json
 from tools.plan.plan import BEST, Question, plan_of
 from tools.plan.simulate import hits_at_best, hits_by_policy, hits_by_stack_distance
@@ -80,6 +84,33 @@ def test_lru_three_ways(requests: list[list[int]], capacity: int) -> None:
     assert by_distance == naive_lru(trace, capacity) == hits_by_policy(trace, "lru", capacity)
     best = hits_at_best(trace, capacity)
     assert all(hits_by_policy(trace, name, capacity) <= best for name in ("lru", "arc", "s3fifo"))
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo"])
+def test_the_store_hits_what_was_simulated(policy: str) -> None:
+    requests = conversations(300)
+    config = dataclasses.replace(small_config(), host=HostTierConfig(num_blocks=60, eviction_policy=policy))
+    with TieredStore(dataclasses.replace(config, blocks_per_chunk=1)) as store:
+        hits = 0
+        for ids in requests:
+            keys = [BlockKey.of(block.to_bytes(32, "little")) for block in ids]
+            blocks = torch.zeros(len(keys), *LAYOUT.block_shape, dtype=LAYOUT.dtype)
+            n = store.get(keys, blocks)
+            store.put(keys, blocks[n:], first_block=n)
+            hits += n
+    assert hits == hits_by_policy(trace_of(requests), policy, 60)
+
+
+def test_arc_is_not_lru() -> None:
+    """What a prompt brings behind a head that was there is used once, and does not push out what was used again."""
+    requests, following = [], 100
+    for round_ in range(60):
+        requests += [[0, *range(1, 10)]] * (2 if round_ == 0 else 1)
+        for _ in range(6):
+            requests.append([0, *range(following, following + 6)])
+            following += 6
+    trace = trace_of(requests)
+    assert hits_by_policy(trace, "arc", 30) > 1.5 * hits_by_policy(trace, "lru", 30)
 
 
 @settings(deadline=None, max_examples=50)

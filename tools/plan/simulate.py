@@ -67,7 +67,7 @@ def _add(tree: list[int], i: int, amount: int) -> None:
 
 def hits_by_policy(trace: Trace, policy_name: str, capacity: int) -> int:
     """Blocks that are hit, by the store's own policy, driven as `kvstore.manager` drives it."""
-    policy, pinned = make_policy(policy_name, capacity), np.zeros(capacity, dtype=np.bool_)
+    policy, not_pinned = make_policy(policy_name, capacity), np.zeros(capacity, dtype=np.bool_)
     slot_of: dict[int, int] = {}
     held = [-1] * capacity
     free = list(range(capacity - 1, -1, -1))
@@ -83,10 +83,9 @@ def hits_by_policy(trace: Trace, policy_name: str, capacity: int) -> int:
         present = np.array(leading, dtype=np.int64)
         if leading:
             policy.touch(present)
-            pinned[present] = True
         absent = [block for block in ids[len(leading) :] if block not in slot_of]
         if len(free) < len(absent):
-            for slot in policy.evict(len(absent) - len(free), pinned).tolist():
+            for slot in policy.evict(len(absent) - len(free), not_pinned).tolist():
                 del slot_of[held[slot]]
                 free.append(slot)
         absent = absent[: len(free)]
@@ -96,8 +95,7 @@ def hits_by_policy(trace: Trace, policy_name: str, capacity: int) -> int:
                 slot_of[block], held[slot] = slot, block
             policy.insert(np.array(slots, dtype=np.int64), np.array(absent, dtype=np.uint64))
             whole = [slot_of[block] for block in ids if block in slot_of]
-            policy.touch(np.array(whole, dtype=np.int64))  # so that the tail leaves before the head
-        pinned[present] = False
+            policy.arrange(np.array(whole, dtype=np.int64))  # so that the tail leaves before the head
     return hits
 
 
