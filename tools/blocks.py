@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.byte_layout import blocks_of
 from kvstore.errors import ConfigError, KVStoreError, NotStoredError
@@ -15,6 +13,11 @@ from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog, StoredChunk
 from tools.choice import Choice
 from tools.output import progress
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,8 @@ def find(catalogs: Sequence[Catalog], choice: Choice) -> list[list[Place]]:
     """
     starts = choice.starts()
     if starts:
-        found = _by_start(catalogs, starts)
-        return [found[start] for start in dict.fromkeys(starts)]
+        known = ((str(place.key), place) for place in places(catalogs))
+        return list(by_start(starts, known, "is stored here").values())
     wanted: dict[BlockKey, list[Place]] = {
         key: [] for of_one in prompts_by_format(formats_of(catalogs), choice).values() for key in of_one
     }
@@ -103,6 +106,8 @@ def places(catalogs: Sequence[Catalog]) -> Iterator[Place]:
 
 def read(place: Place) -> Block:
     """Read and verify."""
+    import torch
+
     verdict = place.catalog.read(place.chunk)
     fmt = place.fmt
     if verdict.reason or verdict.row is None or fmt is None:
@@ -131,25 +136,30 @@ def read_any(found: Sequence[Place]) -> Block:
     return block
 
 
-def _by_start(catalogs: Sequence[Catalog], starts: Sequence[str]) -> dict[str, list[Place]]:
-    found: dict[str, list[Place]] = {start: [] for start in starts}
-    shortest = min(len(start.partition(".")[0]) for start in starts)
+def by_start(starts: Sequence[str], known: Iterable[tuple[str, T]], where: str) -> dict[str, list[T]]:
+    """What a person's starts of keys mean, of all keys that are known, each with what it is the key of.
+
+    Args:
+        where: they are known, for people: "is stored here".
+    Raises:
+        NotStoredError: no key begins so, or several do.
+    """
+    found: dict[str, dict[str, list[T]]] = {start: {} for start in starts}
+    shortest = min((len(start.partition(".")[0]) for start in found), default=0)
     by_head: dict[str, list[str]] = {}
     for start in found:
         by_head.setdefault(start[:shortest], []).append(start)
-    for place in places(catalogs):
-        text = str(place.key)
+    for text, one in known:
         for start in by_head.get(text[:shortest], ()):
             if text.startswith(start):
-                found[start].append(place)
+                found[start].setdefault(text, []).append(one)
     for start, there in found.items():
-        keys = sorted({str(place.key) for place in there})
-        if not keys:
-            raise NotStoredError(f"KEY: no block whose key begins with {start!r} is stored here")
-        if len(keys) > 1:
-            some = ", ".join(key[: len(start) + 8] for key in keys[:3])
-            raise NotStoredError(f"KEY: {len(keys)} keys begin with {start!r} ({some}, ...); give more of it")
-    return found
+        if not there:
+            raise NotStoredError(f"KEY: no block whose key begins with {start!r} {where}")
+        if len(there) > 1:
+            some = ", ".join(text[: len(start) + 8] for text in sorted(there)[:3])
+            raise NotStoredError(f"KEY: {len(there)} keys begin with {start!r} ({some}, ...); give more of it")
+    return {start: next(iter(there.values())) for start, there in found.items()}
 
 
 def same_content(formats: Sequence[StoredFormat]) -> dict[str, tuple[Any, Any]]:

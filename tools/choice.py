@@ -77,8 +77,7 @@ class Choice:
             NotStoredError: the journal knows of no such request, or of several.
         """
         if self.request is not None:
-            _, hashes = self._of_journal()
-            return [BlockKey.of(block_hash) for block_hash in hashes]
+            return [BlockKey.of(block_hash) for block_hash in self._of_journal().hashes]
         tokens = self.tokens()
         if fmt.byte_layout.partition(" ")[0] == "vllm":
             algorithm, seed = str(fmt.content.get("hash_algorithm")), str(fmt.content.get("hash_seed"))
@@ -91,9 +90,13 @@ class Choice:
 
     def means(self, namespace: bytes) -> bool:
         """Whether what is stored in a namespace can be meant: a request's blocks are those of its own."""
-        return self.request is None or namespace == self._of_journal()[0]
+        return self.request is None or namespace == self._of_journal().namespace
 
-    def _of_journal(self) -> tuple[bytes, list[bytes]]:
+    def first_block(self) -> int:
+        """Where in the prompt `of_prompt` begins: not at 0 where the journal knows a request's later blocks only."""
+        return 0 if self.request is None else self._of_journal().first
+
+    def _of_journal(self) -> _Told:
         assert self.request is not None
         assert self.journal is not None
         return _request_of(self.journal, self.request)
@@ -120,12 +123,21 @@ class Choice:
         return list(found)
 
 
-@lru_cache(maxsize=1)
-def _request_of(journal: Path, request_id: str) -> tuple[bytes, list[bytes]]:
-    """Namespace and block hashes of a journal's request."""
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A request's blocks; ``first``: which of its prompt's the first of them is."""
+
+    namespace: bytes
+    hashes: list[bytes]
+    first: int
+
+
+@lru_cache(maxsize=2)
+def _request_of(journal: Path, request_id: str) -> _Told:
     view = JournalView.of(journal)
     request = only_request(view, request_id)
-    return request.namespace, view.hashes_of(request)
+    hashes = view.hashes_of(request)
+    return _Told(request.namespace, hashes, view.depths[view.node_of(hashes[0])] - 1 if hashes else 0)
 
 
 def only_request(view: JournalView, request_id: str) -> Request:

@@ -103,28 +103,33 @@ def diff(
     atol: Annotated[float, typer.Option(min=0.0, help="How far numbers may be apart.")] = 0.0,
     rtol: Annotated[float, typer.Option(min=0.0, help="The same, as a share of B's.")] = 0.0,
     by_position: Annotated[
-        bool, typer.Option("--by-position", help="The first block with the first, whatever their keys.")
+        bool, typer.Option("--by-position", help="Block i with block i, whatever their keys.")
     ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show layers too that are equal.")] = False,
     json: Json = False,
+    integrity_key_file: KeyFile = None,
 ) -> None:
     """Compare blocks, prompts, files or stores.
 
-    Shows which blocks only one has, and for the others by layer: the greatest difference, the relative error and
-    the cosine of K and V, and the first token and layer that are apart. For wrong output, quantised KV, a new engine
-    version. Exit code 1 if they differ by more than the tolerance.
+    Says what differs: which blocks only one has, and in which layers K and V are apart, from which token on, and by
+    how much. For wrong output, quantised KV, a new engine version. Exit code 1 if they differ, 2 if nothing could be
+    compared.
 
     \b
     Example: kvstore diff before.safetensors after.safetensors --by-position --rtol 0.01
     """
+    from tools.diff import Side
     from tools.diff import diff as compare
+    from tools.layer_sums import Tolerance
     from tools.output import show
 
     is_chosen = bool(key or tokens or text is not None or request is not None)
     chosen = choice_of(key, None, tokens, text, tokenizer, tenant, request, journal) if is_chosen else None
     has_own = bool(key_b or request_b is not None)
     of_b = choice_of(key_b, None, None, None, None, "", request_b, journal) if has_own else chosen
-    found = compare(a, b, (chosen, of_b), atol=atol, rtol=rtol, by_position=by_position or has_own)
-    show(found.to_dict(), found.parts(), as_json=json)
+    found = compare(Side(path=a, choice=chosen), Side(path=b, choice=of_b), tolerance=Tolerance(atol=atol, rtol=rtol),
+                    by_position=by_position or has_own, integrity_key_file=integrity_key_file)  # fmt: skip
+    show(found.to_dict(), found.parts(everything=everything), as_json=json)
     raise typer.Exit(int(not found.is_equal))
 
 

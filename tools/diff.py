@@ -2,211 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TypeVar
 
 import torch
-from rich.console import RenderableType
 
-from kvstore.errors import ConfigError
-from kvstore.keys import BlockKey
-from kvstore.prefix_file import PrefixFile
-from tools.blocks import find, places, read_any
+from kvstore.errors import ConfigError, NotStoredError
 from tools.choice import Choice
-from tools.output import lines, progress, table
-from tools.places import find_catalogs
+from tools.difference import Difference, Divergence, Missing
+from tools.held import Held, held
+from tools.layer_sums import LayerSums, Tolerance, names_of_parts
+from tools.output import progress
 
-COLUMNS: Final = ("layer", "part", "max |a-b|", "relative", "cosine")
-_SHOWN: Final = 5
-Read = Callable[[], torch.Tensor | None]
-"""A block's numbers, shape `KVLayout.block_shape`; None where they are damaged, or cannot be told."""
-
-
-@dataclass(slots=True)
-class LayerDifference:
-    """K or V of one layer, over all blocks that both have.
-
-    Attributes:
-        relative: norm of the difference, as a share of a's norm.
-        cosine: of the two, as vectors; 1 where they point the same way.
-    """
-
-    layer: int
-    part: str
-    max_abs: float = 0.0
-    relative: float = 0.0
-    cosine: float = 1.0
+At = TypeVar("At")
 
 
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """Where the numbers are apart for the first time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two that are compared.
 
     Attributes:
-        token: within its block, and ``position`` over the blocks that were compared.
+        path: a store's directory, or a dumped file.
+        choice: which of its blocks; None: all.
     """
 
-    key: str
-    position: int
-    token: int
-    layer: int
-    part: str
-
-
-@dataclass(slots=True)
-class Difference:
-    """Attributes:
-    first_layer: the lowest layer in which a number is apart anywhere; None where none is.
-    """
-
-    common: int = 0
-    only_a: list[str] = field(default_factory=list)
-    only_b: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    layers: list[LayerDifference] = field(default_factory=list)
-    first: Divergence | None = None
-    first_layer: int | None = None
-
-    @property
-    def is_equal(self) -> bool:
-        return not (self.only_a or self.only_b or self.unreadable or self.first)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"equal": self.is_equal, **asdict(self)}
-
-    def parts(self) -> Iterator[RenderableType]:
-        """For people."""
-        for what, keys in (("only a has", self.only_a), ("only b has", self.only_b), ("unreadable", self.unreadable)):
-            if keys:
-                more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-                yield from lines(f"{what}: {', '.join(key[:16] for key in keys[:_SHOWN])}{more}")
-        if self.layers:
-            rows = ([str(d.layer), d.part, *(f"{v:.3g}" for v in (d.max_abs, d.relative)), f"{d.cosine:.6f}"]
-                    for d in self.layers)  # fmt: skip
-            yield table(f"{self.common} blocks that both have", COLUMNS, rows, left=2)
-        if self.first is not None:
-            at = self.first
-            yield from lines(
-                f"apart from token {at.position} on (token {at.token} of block {at.key[:16]}): layer {at.layer}, "
-                f"{at.part}",
-                f"the lowest layer that is apart anywhere: {self.first_layer}",
-            )
-        else:
-            yield from lines(
-                f"{self.common} blocks are equal, within the tolerance" if self.common else "none in common"
-            )
+    path: Path
+    choice: Choice | None = None
 
 
 def diff(
-    a: Path, b: Path, choice: tuple[Choice | None, Choice | None], *, atol: float, rtol: float, by_position: bool
+    a: Side, b: Side, *, tolerance: Tolerance, by_position: bool, integrity_key_file: str | None = None
 ) -> Difference:
     """Compare what two stores' directories, or dumps, hold.
 
     Args:
-        choice: which of a's, and of b's, blocks; by default all.
-        atol, rtol: numbers are apart where ``|a - b| > atol + rtol * |b|``.
-        by_position: the first with the first, and so on, whatever their keys: the same prompt by two models.
+        by_position: block i of a's prompt, file or keys with block i of b's, whatever their keys: the same prompt by
+            two models.
     Raises:
-        ConfigError, NotStoredError: see `tools.blocks`.
+        ConfigError, NotStoredError: see `tools.held`; blocks have no positions; there is nothing to compare.
     """
-    with ExitStack() as stack:
-        of_a, of_b = (_blocks(path, chosen, stack) for path, chosen in zip((a, b), choice, strict=True))
-        pairs: list[tuple[BlockKey, Read, Read]]
+    with held(a.path, a.choice, integrity_key_file) as of_a, held(b.path, b.choice, integrity_key_file) as of_b:
         if by_position:
-            if len(of_a) != len(of_b):
-                raise ConfigError(f"--by-position: a has {len(of_a)} blocks, and b {len(of_b)}")
-            pairs = [(key, mine, theirs) for (key, mine), theirs in zip(of_a.items(), of_b.values(), strict=True)]
-            found = Difference()
+            mine, theirs = (_by_index(blocks, side.path) for blocks, side in ((of_a, a), (of_b, b)))
+            found, pairs = _paired(mine, theirs)
         else:
-            pairs = [(key, mine, of_b[key]) for key, mine in of_a.items() if key in of_b]
-            found = Difference(only_a=[str(k) for k in of_a if k not in of_b],
-                               only_b=[str(k) for k in of_b if k not in of_a])  # fmt: skip
-        _compare(found, pairs, atol, rtol)
+            found, pairs = _paired({block.key: block for block in of_a}, {block.key: block for block in of_b})
+        if not pairs and not found.only_a and not found.only_b:
+            raise NotStoredError(f"nothing was compared: neither {str(a.path)!r} nor {str(b.path)!r} holds a block")
+        _compare(found, pairs, tolerance)
     return found
 
 
-def _blocks(path: Path, choice: Choice | None, stack: ExitStack) -> dict[BlockKey, Read]:
-    if path.is_file():
-        if choice is not None and choice.starts() == []:
-            raise ConfigError(f"{path} is a file; a prompt's blocks are looked for in directories")
-        file = PrefixFile(path)
-        stack.callback(file.close)
-        if file.header.is_raw:
-            raise ConfigError(f"{path}: what K and V are in it cannot be told")
-        starts = () if choice is None else tuple(choice.starts())
-        return {
-            key: partial(file.block, i) for i, key in enumerate(file.keys) if not starts or str(key).startswith(starts)
-        }
-    catalogs = find_catalogs(path)
-    if choice is not None:
-        return {found[0].key: partial(_read, found) for found in find(catalogs, choice)}
-    found: dict[BlockKey, list[Any]] = {}
-    for place in places(catalogs):
-        found.setdefault(place.key, []).append(place)
-    return {key: partial(_read, there) for key, there in found.items()}
+def _by_index(blocks: Sequence[Held], path: Path) -> dict[int, Held]:
+    by_index: dict[int, Held] = {}
+    for block in blocks:
+        if block.index is None:
+            raise ConfigError(
+                f"--by-position: the blocks of the store {str(path)!r} have no order; name them by --tokens, --text, "
+                "--request or --key"
+            )
+        other = by_index.setdefault(block.index, block)
+        if other is not block:
+            raise ConfigError(
+                f"--by-position: {str(path)!r} has this prompt of {other.model!r} and of {block.model!r}; give a PATH "
+                "that holds one"
+            )
+    return by_index
 
 
-def _read(there: Sequence[Any]) -> torch.Tensor | None:
-    return read_any(there).kv
+def _paired(mine: Mapping[At, Held], theirs: Mapping[At, Held]) -> tuple[Difference, list[tuple[Held, Held]]]:
+    """Those of which both have one, by position where they have any, and what only one has."""
+    found = Difference(
+        only_a=_missing(block for at, block in mine.items() if at not in theirs),
+        only_b=_missing(block for at, block in theirs.items() if at not in mine),
+    )
+    pairs = [(block, theirs[at]) for at, block in mine.items() if at in theirs]
+    tokens = [_token(pair) for pair in pairs]
+    if None not in tokens:
+        pairs.sort(key=lambda pair: _token(pair) or 0)
+    return found, pairs
 
 
-def _compare(found: Difference, pairs: Sequence[tuple[BlockKey, Read, Read]], atol: float, rtol: float) -> None:
-    sums: torch.Tensor | None = None  # a², b², ab, (a-b)², by layer and part
-    most: torch.Tensor | None = None
-    apart_LP: torch.Tensor | None = None
-    position = 0
+def _missing(blocks: Iterable[Held]) -> list[Missing]:
+    return [Missing(str(block.key), block.token) for block in blocks]
+
+
+def _token(pair: tuple[Held, Held]) -> int | None:
+    """The first of a pair's tokens: of the prompt or, where one is a file, of that."""
+    a, b = pair
+    return b.token if a.token is None else a.token
+
+
+def _compare(found: Difference, pairs: Sequence[tuple[Held, Held]], tolerance: Tolerance) -> None:
+    sums: LayerSums | None = None
+    for pair, a, b in _read(found, pairs):
+        if sums is None:
+            sums = LayerSums(a.shape[0], a.shape[1])
+        elif a.shape[:2] != sums.shape:
+            raise ConfigError(f"blocks of {a.shape[0]} layers, and of {sums.shape[0]}, cannot be counted together")
+        token = _token(pair)
+        apart = sums.add(a, b, tolerance, token)
+        if apart.any():
+            found.blocks_apart += 1
+            found.first = found.first or _divergence(pair[0], apart, token)
+        found.common += 1
+    if sums is not None:
+        found.layers = sums.layers()
+        found.is_exact = tolerance.is_exact
+
+
+def _read(
+    found: Difference, pairs: Sequence[tuple[Held, Held]]
+) -> Iterator[tuple[tuple[Held, Held], torch.Tensor, torch.Tensor]]:
+    """Pairs with their numbers; those that cannot be read are noted."""
     with progress("comparing", len(pairs)) as advance:
-        for key, mine, theirs in pairs:
+        for pair in pairs:
             advance(1)
-            a, b = mine(), theirs()
+            a, b = pair[0].read(), pair[1].read()
             if a is None or b is None:
-                found.unreadable.append(str(key))
+                found.unreadable.append(str(pair[0].key))
                 continue
             if a.shape != b.shape:
                 raise ConfigError(f"blocks of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared")
-            a, b = a.to(torch.float64), b.to(torch.float64)
-            apart = ~((a - b).abs() <= atol + rtol * b.abs()) & ~(a.isnan() & b.isnan())
-            delta = (a - b).abs().nan_to_num(nan=float("inf"))
-            if sums is None or most is None or apart_LP is None:
-                sums, most = (
-                    torch.zeros(4, *a.shape[:2], dtype=torch.float64),
-                    torch.zeros(a.shape[:2], dtype=torch.float64),
-                )
-                apart_LP = torch.zeros(a.shape[:2], dtype=torch.bool)
-            sums += torch.stack([(x * y).flatten(2).sum(-1) for x, y in ((a, a), (b, b), (a, b), (delta, delta))])
-            most = torch.maximum(most, delta.flatten(2).amax(-1))
-            apart_LP |= apart.flatten(2).any(-1)
-            if found.first is None and apart.any():
-                found.first = _first(key, apart, position)
-            found.common += 1
-            position += a.shape[3]
-    if sums is not None and most is not None and apart_LP is not None:
-        found.layers = _layers(sums, most)
-        lowest = apart_LP.any(-1).nonzero()
-        found.first_layer = int(lowest[0]) if len(lowest) else None
+            yield pair, a, b
 
 
-def _first(key: BlockKey, apart: torch.Tensor, position: int) -> Divergence:
+def _divergence(block: Held, apart: torch.Tensor, position: int | None) -> Divergence:
     """The first token, and of that the first layer; ``apart`` has shape (layers, kv, heads, tokens, size)."""
     token = int(apart.flatten(0, 2).any(-1).any(0).nonzero()[0])
     layer, part = (int(i) for i in apart[:, :, :, token].flatten(2).any(-1).nonzero()[0])
-    return Divergence(str(key), position + token, token, layer, _names(apart.shape[1])[part])
-
-
-def _layers(sums: torch.Tensor, most: torch.Tensor) -> list[LayerDifference]:
-    aa, bb, ab, dd = sums
-    relative = (dd / aa).sqrt().nan_to_num(nan=0.0, posinf=float("inf"))
-    cosine = (ab / (aa * bb).sqrt()).nan_to_num(nan=1.0)
-    return [
-        LayerDifference(layer, name, float(most[layer, i]), float(relative[layer, i]), float(cosine[layer, i]))
-        for layer in range(most.shape[0])
-        for i, name in enumerate(_names(most.shape[1]))
-    ]
-
-
-def _names(kv_dim: int) -> str:
-    return "KV" if kv_dim == 2 else "L"
+    name = names_of_parts(apart.shape[1])[part]
+    return Divergence(str(block.key), None if position is None else position + token, token, layer, name)

@@ -149,7 +149,8 @@ def test_equal_and_apart(kv: Path, prompt: Path, tmp_path: Path) -> None:
     code, out, _ = kvstore("diff", tmp_path / "a", tmp_path / "other", "--json")
     found = json.loads(out)
     assert code == 1 and not found["equal"]
-    assert found["only_a"] == [str(key) for key in small_keys()[10:]] and found["only_b"] == []
+    assert found["only_a"] == [{"key": str(k), "token": 40 + 4 * i} for i, k in enumerate(small_keys()[10:])]
+    assert found["only_b"] == []
     assert found["first"] == {"key": str(small_keys()[5]), "position": 22, "token": 2, "layer": 1, "part": "K"}
     assert found["first_layer"] == 0
     layers = {(d["layer"], d["part"]): d for d in found["layers"]}
@@ -160,7 +161,7 @@ def test_equal_and_apart(kv: Path, prompt: Path, tmp_path: Path) -> None:
         assert d["relative"] == pytest.approx(float((x - y).norm() / x.norm()))
         assert d["cosine"] == pytest.approx(float(torch.cosine_similarity(x, y, dim=0)))
     assert kvstore("diff", tmp_path / "a", tmp_path / "other", "--key", small_keys()[5], "--atol", 0.51)[0] == 0
-    assert "apart from token 22" in kvstore("diff", tmp_path / "a", tmp_path / "other")[1]
+    assert "first apart: token 22," in kvstore("diff", tmp_path / "a", tmp_path / "other")[1]
 
 
 def test_by_position_over_identities_and_dtypes(tmp_path: Path) -> None:
