@@ -11,12 +11,13 @@ Stores load and store payloads as they are; only who looks into them needs to kn
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from kvstore.errors import KVStoreError
-from kvstore.layout import KVLayout
+from kvstore.layout import DTYPES, Dtype, KVLayout
+
+if TYPE_CHECKING:
+    import torch
 
 _MOST_TENSORS: Final = 1 << 16
 _ENGINE_ORDERS: Final = ("LBHNC", "LBNHC")
@@ -27,7 +28,7 @@ class PayloadTensor:
     """A part of a payload that has one meaning, as it lies there."""
 
     name: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
 
 
@@ -47,10 +48,10 @@ def payload_tensors(layout: KVLayout, blocks_per_chunk: int, byte_layout: str, t
     else:
         num_ranks, shape = 0, ()
     if not 0 < num_ranks * layout.num_layers <= _MOST_TENSORS:
-        return [PayloadTensor("payload", torch.uint8, (blocks_per_chunk * layout.block_nbytes,))]
+        return [PayloadTensor("payload", DTYPES["uint8"], (blocks_per_chunk * layout.block_nbytes,))]
     prefixes = [f"rank.{rank}." for rank in range(num_ranks)] if num_ranks > 1 else [""]
     return [
-        PayloadTensor(f"{prefix}layer.{i:03d}", layout.dtype, (blocks_per_chunk, *shape))
+        PayloadTensor(f"{prefix}layer.{i:03d}", layout.stored_dtype, (blocks_per_chunk, *shape))
         for prefix in prefixes
         for i in range(layout.num_layers)
     ]
@@ -91,6 +92,8 @@ def blocks_of(
     payload: torch.Tensor, layout: KVLayout, blocks_per_chunk: int, byte_layout: str, tp_size: int
 ) -> torch.Tensor:
     """A copy of shape (blocks_per_chunk, *layout.block_shape); see `parts_of`."""
+    import torch
+
     parts = parts_of(payload, layout, blocks_per_chunk, byte_layout, tp_size)
     return torch.stack([part.flatten(2, 3) for part in parts], dim=2)
 

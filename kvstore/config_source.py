@@ -12,10 +12,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
-import torch
-
 from kvstore.errors import ConfigError
-from kvstore.layout import dtype_name, parse_dtype
+from kvstore.layout import DtypeField, parse_dtype
 
 _T = typing.TypeVar("_T")
 
@@ -40,7 +38,7 @@ def build(cls: type[_T], settings: object, path: str = "") -> _T:
             values[name] = build(kinds[name], value, f"{path}{name}.")
     try:
         for name, value in settings.items():
-            if kinds[name] is torch.dtype and isinstance(value, str):
+            if kinds[name] is DtypeField and isinstance(value, str):
                 values[name] = parse_dtype(value)
         return cls(**values)
     except ConfigError as e:
@@ -71,13 +69,14 @@ def from_variables(cls: type, prefix: str, environ: Mapping[str, str]) -> dict[s
 def plain(value: Any) -> dict[str, Any]:
     """Inverse of `build`: nested dicts of plain values; what is None is left out."""
     out: dict[str, Any] = {}
+    kinds = _kinds(type(value))
     for f in dataclasses.fields(value):
         item = getattr(value, f.name)
         if item is None:
             continue
         if dataclasses.is_dataclass(item):
             item = plain(item)
-        out[f.name] = dtype_name(item) if isinstance(item, torch.dtype) else item
+        out[f.name] = value.stored_dtype.name if kinds[f.name] is DtypeField else item
     return out
 
 

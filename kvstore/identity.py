@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvstore.errors import ConfigError
-from kvstore.layout import KVLayout, dtype_name
+from kvstore.layout import KVLayout
 
 FORMAT_VERSION: Final = 1
 INITIAL_EPOCH: Final = bytes(16)
@@ -94,7 +94,7 @@ class KVIdentity:
             "model": self.model,
             "revision": self.revision,
             "draft_model": self.draft_model,
-            "dtype": dtype_name(self.layout.dtype),
+            "dtype": self.layout.stored_dtype.name,
             "kv_scales": self.kv_scales,
             "rope": self.rope,
             "group_kind": self.group_kind,

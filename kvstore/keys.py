@@ -8,14 +8,17 @@ one model for one tenant.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
-import torch
 
 from kvstore.errors import ConfigError, KeyFormatError
 from kvstore.identity import KVIdentity
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_HASH_NBYTES: Final = 32
 KEY_NBYTES: Final = BLOCK_HASH_NBYTES + 4
@@ -124,8 +127,11 @@ def array_to_keys(array: np.ndarray) -> list[BlockKey]:
 
 
 def _tokens(token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(token_ids, torch.Tensor):
-        token_ids = token_ids.detach().cpu().numpy()
+    if "torch" in sys.modules:  # else nobody has a tensor
+        import torch
+
+        if isinstance(token_ids, torch.Tensor):
+            token_ids = token_ids.detach().cpu().numpy()
     tokens = np.asarray(token_ids)
     if tokens.size == 0:
         return np.empty(0, dtype="<i8")

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from kvstore.errors import ConfigError
 
-# name -> (torch dtype, safetensors dtype). The names are torch's own.
-DTYPES: Final[dict[str, tuple[torch.dtype, str]]] = {
-    "bfloat16": (torch.bfloat16, "BF16"),
-    "float16": (torch.float16, "F16"),
-    "float32": (torch.float32, "F32"),
-    "float64": (torch.float64, "F64"),
-    "float8_e4m3fn": (torch.float8_e4m3fn, "F8_E4M3"),
-    "float8_e5m2": (torch.float8_e5m2, "F8_E5M2"),
-    "int8": (torch.int8, "I8"),
-    "uint8": (torch.uint8, "U8"),
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """A dtype as it is written in files; torch, which takes seconds to import, is not needed to know it.
+
+    Attributes:
+        name: torch's own.
+        safetensors: what safetensors calls it.
+    """
+
+    name: str
+    safetensors: str
+    itemsize: int
+
+    @property
+    def of_torch(self) -> torch.dtype:
+        import torch
+
+        found: torch.dtype = getattr(torch, self.name)
+        return found
+
+
+DTYPES: Final[dict[str, Dtype]] = {
+    dtype.name: dtype
+    for dtype in (
+        Dtype("bfloat16", "BF16", 2),
+        Dtype("float16", "F16", 2),
+        Dtype("float32", "F32", 4),
+        Dtype("float64", "F64", 8),
+        Dtype("float8_e4m3fn", "F8_E4M3", 1),
+        Dtype("float8_e5m2", "F8_E5M2", 1),
+        Dtype("int8", "I8", 1),
+        Dtype("uint8", "U8", 1),
+    )
 }
 
 
@@ -34,15 +59,33 @@ def dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
-def parse_dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> Dtype:
     """The dtype of a name; raises ConfigError for a name that is not in `DTYPES`."""
     known = DTYPES.get(name.removeprefix("torch."))
     if known is None:
         raise ConfigError(f"layout.dtype: {name!r} is not a KV dtype; allowed: {', '.join(DTYPES)}")
-    return known[0]
+    return known
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class DtypeField:
+    """`KVLayout.dtype`: takes torch's dtypes and ours, and gives torch's to who asks for it."""
+
+    def __get__(self, layout: KVLayout | None, owner: type[KVLayout]) -> torch.dtype:
+        if layout is None:
+            raise AttributeError("dtype")  # there is no default
+        return layout.stored_dtype.of_torch
+
+    def __set__(self, layout: KVLayout, value: torch.dtype | Dtype) -> None:
+        if not isinstance(value, Dtype):
+            import torch
+
+            if not isinstance(value, torch.dtype):
+                raise ConfigError(f"layout.dtype: {value!r} is not a torch dtype; allowed: {', '.join(DTYPES)}")
+            value = DTYPES[dtype_name(value)]
+        layout.__dict__["dtype"] = value
+
+
+@dataclass(frozen=True, kw_only=True)
 class KVLayout:
     """Shape of the KV of one block of ``block_size`` tokens, for one KV cache group.
 
@@ -56,7 +99,7 @@ class KVLayout:
     num_kv_heads: int
     head_size: int
     block_size: int
-    dtype: torch.dtype
+    dtype: DtypeField = DtypeField()
     kv_dim: int = 2
 
     def __post_init__(self) -> None:
@@ -66,9 +109,12 @@ class KVLayout:
                 raise ConfigError(f"layout.{name}: {value!r} is not allowed; give a whole number of at least 1")
         if self.kv_dim not in (1, 2):
             raise ConfigError(f"layout.kv_dim: {self.kv_dim!r} is not allowed; give 2 (K and V) or 1 (latent)")
-        if not isinstance(self.dtype, torch.dtype):
-            raise ConfigError(f"layout.dtype: {self.dtype!r} is not a torch dtype; allowed: {', '.join(DTYPES)}")
-        dtype_name(self.dtype)
+
+    @property
+    def stored_dtype(self) -> Dtype:
+        """Of ``dtype``, without torch."""
+        stored: Dtype = self.__dict__["dtype"]
+        return stored
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
@@ -83,4 +129,4 @@ class KVLayout:
     @property
     def layer_nbytes(self) -> int:
         """Payload bytes of one layer of one block."""
-        return self.kv_dim * self.num_kv_heads * self.block_size * self.head_size * self.dtype.itemsize
+        return self.kv_dim * self.num_kv_heads * self.block_size * self.head_size * self.stored_dtype.itemsize

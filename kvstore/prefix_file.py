@@ -24,7 +24,7 @@ import torch
 from kvstore.errors import KVStoreError
 from kvstore.identity import KVIdentity
 from kvstore.keys import KEY_NBYTES, BlockKey, array_to_keys
-from kvstore.layout import DTYPES, KVLayout, dtype_name
+from kvstore.layout import KVLayout
 from kvstore.stored_format import StoredFormat, canonical_json
 from kvstore.strict_json import parse_json
 
@@ -59,7 +59,7 @@ class PrefixHeader:
 
     def tensors(self) -> dict[str, tuple[str, list[int]]]:
         """Name -> dtype as safetensors calls it, and shape; in the order of their bytes."""
-        layout, dtype = self.layout, DTYPES[dtype_name(self.layout.dtype)][1]
+        layout, dtype = self.layout, self.layout.stored_dtype.safetensors
         keys = {"keys": ("U8", [self.num_blocks, KEY_NBYTES])}
         if self.is_raw:
             return {"payload": ("U8", [self.num_blocks, layout.block_nbytes]), **keys}

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import safetensors
-import torch
 
 from kvstore.errors import DamagedFileError
+from kvstore.layout import DTYPES, Dtype
 from kvstore.strict_json import parse_json
 
 MAX_HEADER_NBYTES: Final = 1 << 20
@@ -27,27 +27,17 @@ _MAX_TENSORS: Final = 1 << 14
 _MAX_DIMENSIONS: Final = 8
 _MAX_NAME: Final = 256
 _PREFIX_NBYTES: Final = 8
-_TYPES: Final[dict[str, torch.dtype]] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
+_TYPES: Final[dict[str, Dtype]] = {
+    dtype.safetensors: dtype
+    for dtype in (*DTYPES.values(), Dtype("int16", "I16", 2), Dtype("int32", "I32", 4), Dtype("int64", "I64", 8))
 }
-NAMES: Final = {dtype: name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
     """A tensor and where in the file its bytes lie."""
 
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     offset: int
 

@@ -58,7 +58,7 @@ def test_tensors_of_an_engines_pages(blocks: torch.Tensor, order: str, tp_size: 
         pages_lbhtc = torch.cat([part_bl2htd[:, :, 0], part_bl2htd[:, :, 1]], dim=-1).transpose(0, 1)
         ranks.append(pages_lbhtc if order == "LBHNC" else pages_lbhtc.transpose(2, 3))
     payload = payload_of(torch.stack(ranks))
-    last = payload[-sizes[-1] :].view(parts[-1].dtype).reshape(parts[-1].shape)
+    last = payload[-sizes[-1] :].view(parts[-1].dtype.of_torch).reshape(parts[-1].shape)
     assert torch.equal(last, wanted)
 
 
@@ -100,7 +100,7 @@ sys.stdout.buffer.write(b"here they come:" + b"".join(parts))
 def test_what_is_not_known_is_bytes() -> None:
     for layout, tp_size in (("other", 1), ("vllm 0.32 cuda LBHNC", 3)):
         (part,) = payload_tensors(LAYOUT, PER_CHUNK, layout, tp_size)
-        assert (part.name, part.dtype, part.shape) == ("payload", torch.uint8, (PER_CHUNK * LAYOUT.block_nbytes,))
+        assert (part.name, part.dtype.name, part.shape) == ("payload", "uint8", (PER_CHUNK * LAYOUT.block_nbytes,))
     many = KVLayout(num_layers=1 << 17, num_kv_heads=1, head_size=1, block_size=1, dtype=torch.uint8)
     assert len(payload_tensors(many, 1, "LBKHTD", 1)) == 1
 

@@ -150,6 +150,13 @@ def test_block_shape_and_size(layout: KVLayout) -> None:
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_dtype_names_round_trip(name: str) -> None:
-    assert dtype_name(parse_dtype(name)) == name
-    assert parse_dtype(f"torch.{name}") == parse_dtype(name)
-    assert torch.empty(1, dtype=parse_dtype(name)).numel() == 1
+    dtype = parse_dtype(name)
+    assert dtype_name(dtype.of_torch) == name == dtype.name
+    assert parse_dtype(f"torch.{name}") == dtype
+    assert torch.empty(1, dtype=dtype.of_torch).nbytes == dtype.itemsize
+
+
+def test_a_layout_takes_a_dtype_without_torch(layout: KVLayout) -> None:
+    same = dataclasses.replace(layout, dtype=parse_dtype(dtype_name(layout.dtype)))
+    assert same == layout and hash(same) == hash(layout) and same.dtype is layout.dtype
+    assert repr(same) == repr(layout) and str(layout.dtype) in repr(layout)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import kvstore
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kvstore", "connectors", "tools")
 LAYERS = {
@@ -122,9 +124,33 @@ def test_nothing_unpickles(path: Path) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_imports_no_engine(package: str) -> None:
-    code = f"import sys, {package}; print(*sorted(set(sys.modules) & {set(ADAPTERS) | {'pytest', 'hypothesis'}}))"
+    assert modules_after(f"import {package}", set(ADAPTERS) | {"pytest", "hypothesis"}) == []
+
+
+def test_what_the_store_exports() -> None:
+    """All that `from kvstore import *` gives; the store itself comes when it is asked for, and torch with it."""
+    names = (
+        "BlockKey DeviceTierConfig DiskTierConfig HostTierConfig JournalConfig KVIdentity KVLayout Placement"
+        " SharedTierConfig StoreConfig StoreStats TieredStore hash_blocks"
+    )
+    assert kvstore.__all__ == names.split() and set(kvstore.__all__) <= set(dir(kvstore))
+    assert all(getattr(kvstore, name).__module__.startswith("kvstore.") for name in kvstore.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kvstore.nothing  # noqa: B018
+    assert modules_after("import kvstore", {"torch"}) == []
+    assert modules_after("from kvstore import TieredStore", {"torch"}) == ["torch"]
+
+
+@pytest.mark.parametrize("module", ["ls", "ls_blocks", "stat", "top", "explain", "prefix_tree", "remove", "plan.plan"])
+def test_what_only_looks_starts_without_torch(module: str) -> None:
+    assert modules_after(f"import tools.cli, tools.{module}", {"torch", "matplotlib"}) == []
+
+
+def modules_after(code: str, names: set[str]) -> list[str]:
+    """Which of these modules a fresh interpreter has imported then."""
+    code += f"; import sys; print(*sorted(set(sys.modules) & {names}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.split() == []
+    return done.stdout.split()
 
 
 def test_layers_name_modules_once() -> None:

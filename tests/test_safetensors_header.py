@@ -99,7 +99,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(save(tensors, metadata={"who": "me"}))
     header = read(tmp_path / "file")
     assert header.metadata == {"who": "me"}
-    assert {n: (p.dtype, p.shape) for n, p in header.tensors.items()} == {
+    assert {n: (p.dtype.of_torch, p.shape) for n, p in header.tensors.items()} == {
         n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()
     }
     data = (tmp_path / "file").read_bytes()

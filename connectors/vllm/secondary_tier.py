@@ -234,9 +234,9 @@ def _identity(config: OffloadingConfig, revision: str | None) -> KVIdentity:
     tokens = config.groups[0].tokens_per_block * config.cache.blocks_per_chunk
     ranks = 1 if config.replicated_layout else parallel.world_size
     nbytes = config.worker_kv_bytes_per_block * config.cache.blocks_per_chunk * ranks
-    dtype = DTYPES.get(config.model.dtype, DTYPES["uint8"])[0]
+    dtype = DTYPES.get(config.model.dtype, DTYPES["uint8"])
     if nbytes % (tokens * dtype.itemsize):
-        tokens, dtype = 1, DTYPES["uint8"][0]
+        tokens, dtype = 1, DTYPES["uint8"]
     return KVIdentity(
         model=Path(name).name if Path(name).is_dir() else name,
         revision=revision or revision_of_name(name),

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from kvstore.byte_layout import payload_tensors
 from kvstore.direct_io import open_direct, preadv_full, pwritev_full
 from kvstore.identity import FORMAT_VERSION
-from kvstore.layout import DTYPES, KVLayout, dtype_name
+from kvstore.layout import KVLayout
 from kvstore.slot import ALIGNMENT, SlotFormat
 from kvstore.tiers.page_buffer import page_aligned
 
@@ -81,7 +81,7 @@ def file_format(
     offset = 0
     for part in payload_tensors(layout, fmt.blocks_per_chunk, byte_layout, tp_size):
         end = offset + math.prod(part.shape) * part.dtype.itemsize
-        fields[part.name] = _tensor(DTYPES[dtype_name(part.dtype)][1], list(part.shape), offset, end)
+        fields[part.name] = _tensor(part.dtype.safetensors, list(part.shape), offset, end)
         offset = end
     rest = fmt.slot_nbytes - fmt.payload_nbytes
     fields[FOOTER_TENSOR] = _tensor("U8", [rest], fmt.payload_nbytes, fmt.slot_nbytes)

@@ -101,6 +101,18 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.parametrize("command", ["ls", "ls --blocks", "stat", "top --once", "verify", "explain --key 0"])
+def test_a_command_that_looks_does_not_import_torch(kv: Path, command: str) -> None:
+    name, *options = command.split()
+    code = (
+        "import sys\nfrom tools.cli import app\n"
+        f"app({[name, str(kv), *options]!r}, standalone_mode=False)\n"
+        "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "torch was imported" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_no_arguments_shows_help() -> None:
     _, out, err = kvstore()
     assert "Usage:" in out + err

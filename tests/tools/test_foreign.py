@@ -46,7 +46,7 @@ def test_prompts_folders(tmp_path: Path) -> None:
     assert (row["tier"], row["chunks"], row["nbytes"], row["state"]) == ("vllm-example", 2, nbytes, "another system's")
     assert "vllm-example" in kvstore("ls", tmp_path)[1]  # right below
     (described,) = kvstore_json("inspect", tmp_path / "kv")["foreign"]
-    assert described["description"] == {"layers": 3, "dtype": "torch.bfloat16", "layer": LAYERS[0]}
+    assert described["description"] == {"layers": 3, "dtype": "bfloat16", "layer": LAYERS[0]}
     name = folder_of(tmp_path / "kv", TOKENS).name
     (found,) = kvstore_json("inspect", tmp_path / "kv", name[:9], "--per-head")["blocks"]
     assert found["key"] == name and found["ok"]

@@ -17,7 +17,7 @@ from tests.tools.test_cli import kvstore, kvstore_json
 from tools.statistics import statistics_of
 
 
-@pytest.mark.parametrize("dtype", [t for t, _ in DTYPES.values()], ids=str)
+@pytest.mark.parametrize("dtype", [dtype.of_torch for dtype in DTYPES.values()], ids=str)
 def test_numbers_of_each_head(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     block = (torch.randn(3, 2, 4, 5, 8, generator=generator) * 20).to(dtype)

@@ -6,16 +6,19 @@ nothing can be verified. Whatever a directory says is checked before memory is a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.direct_io import preadv_full
 from kvstore.errors import DamagedFileError
+from kvstore.layout import Dtype
+
+if TYPE_CHECKING:
+    import torch
 
 PIECE_NBYTES: Final = 4 << 20
 MAX_ENTRIES: Final = 1 << 20
@@ -50,7 +53,7 @@ class ForeignPart:
     layer: int | None
     layer_name: str
     part: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -62,7 +65,7 @@ class ForeignPart:
 
     @property
     def nbytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class ForeignStore(ABC):
@@ -114,6 +117,8 @@ def pieces_of(fd: int, part: ForeignPart) -> Iterator[torch.Tensor]:
     Raises:
         DamagedFileError: the file is shorter than that.
     """
+    import torch
+
     row_nbytes = part.nbytes // part.shape[0] if part.shape[0] else 0
     rows = max(1, PIECE_NBYTES // max(1, row_nbytes))
     for first in range(0, part.shape[0], rows):
@@ -121,4 +126,4 @@ def pieces_of(fd: int, part: ForeignPart) -> Iterator[torch.Tensor]:
         data = torch.empty(n * row_nbytes, dtype=torch.uint8)
         if preadv_full(fd, [data.numpy()], part.offset + first * row_nbytes) != len(data):
             raise DamagedFileError(f"{part.file}: cut short")
-        yield data.view(part.dtype).reshape(n, *part.shape[1:])
+        yield data.view(part.dtype.of_torch).reshape(n, *part.shape[1:])

@@ -13,7 +13,7 @@ import torch
 from rich.console import RenderableType
 
 from kvstore.errors import ConfigError, DamagedFileError, NotStoredError
-from kvstore.safetensors_header import MAX_HEADER_NBYTES, NAMES
+from kvstore.safetensors_header import MAX_HEADER_NBYTES
 from tools.choice import Choice
 from tools.foreign.base import ForeignEntry, ForeignPart, ForeignStore, pieces_of
 from tools.foreign.look import entries_that_begin
@@ -87,7 +87,7 @@ def _header(store: ForeignStore, entry: ForeignEntry, parts: Sequence[ForeignPar
     offset = 0
     for part in parts:
         end = offset + part.nbytes
-        fields[part.name] = {"dtype": NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [offset, end]}
+        fields[part.name] = {"dtype": part.dtype.safetensors, "shape": list(part.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

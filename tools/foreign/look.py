@@ -89,7 +89,7 @@ def inspect_entry(store: ForeignStore, entry: ForeignEntry, *, per_head: bool) -
     except (DamagedFileError, OSError) as e:
         return ForeignBlock(*where, str(e))
     shapes, layers = {p.name: list(p.shape) for p in parts}, {p.name: p.layer_name for p in parts}
-    return ForeignBlock(*where, "", str(parts[0].dtype).removeprefix("torch."), shapes, layers, numbers)
+    return ForeignBlock(*where, "", parts[0].dtype.name, shapes, layers, numbers)
 
 
 def _statistics(part: ForeignPart, *, per_head: bool) -> Iterator[PartStatistics]:
@@ -97,7 +97,7 @@ def _statistics(part: ForeignPart, *, per_head: bool) -> Iterator[PartStatistics
     names = ("1st half", "2nd half") if part.part == "kv" and part.shape[-1] % 2 == 0 else (part.part,)
     by_head = per_head and len(part.shape) == 3
     num_rows = part.shape[1] if by_head else 1
-    numbers = [Accumulator(num_rows, part.dtype) for _ in names]
+    numbers = [Accumulator(num_rows, part.dtype.of_torch) for _ in names]
     fd = os.open(part.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         for piece in pieces_of(fd, part):

@@ -53,7 +53,7 @@ class VllmExampleStore(ForeignStore):
                 self.problem(f"{entry.place}: {e}")
                 continue
             first = parts[0]
-            return {"layers": len({p.layer_name for p in parts}), "dtype": str(first.dtype), "layer": first.layer_name}
+            return {"layers": len({p.layer_name for p in parts}), "dtype": first.dtype.name, "layer": first.layer_name}
         return {}
 
     def entries(self) -> Iterator[ForeignEntry]:

@@ -18,10 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from kvstore.errors import ConfigError
-from kvstore.layout import parse_dtype
+from kvstore.layout import DTYPES, Dtype, parse_dtype
 from kvstore.strict_json import parse_json
 from tools.foreign.base import MAX_ENTRIES, ForeignEntry, ForeignPart, ForeignStore
 
@@ -86,7 +84,7 @@ class VllmFsStore(ForeignStore):
         names, dtype = self._layer_names(entry), self._dtype()
         page = self._page_elements(entry.nbytes, len(names), dtype) if names and dtype is not None else None
         if page is None or dtype is None:
-            return [ForeignPart(None, "", "pages", torch.uint8, (entry.nbytes,), entry.place, 0)]
+            return [ForeignPart(None, "", "pages", DTYPES["uint8"], (entry.nbytes,), entry.place, 0)]
         blocks, ranks = self._size("blocks_per_file"), self._size("tp_size")
         found = []
         for i in range(ranks * len(names)):
@@ -118,7 +116,7 @@ class VllmFsStore(ForeignStore):
         value = self._config.get(name)
         return value if isinstance(value, int) else 1
 
-    def _dtype(self) -> torch.dtype | None:
+    def _dtype(self) -> Dtype | None:
         try:
             return parse_dtype(str(self._config.get("dtype"))[:40])
         except ConfigError:
@@ -136,7 +134,7 @@ class VllmFsStore(ForeignStore):
         longest = max(len(names or ()) for names in lists)
         return [str(mine[i])[:200] if i < len(mine) else "" for i in range(longest)]
 
-    def _page_elements(self, nbytes: int, num_layers: int, dtype: torch.dtype) -> int | None:
+    def _page_elements(self, nbytes: int, num_layers: int, dtype: Dtype) -> int | None:
         """Elements of one page, where just one number fits the file."""
         if self._size("pp_size") * self._size("pcp_size") * self._size("dcp_size") > 1:
             return None
