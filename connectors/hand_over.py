@@ -25,7 +25,7 @@ from connectors.lookup_service import LookupService
 from connectors.offloading import OffloadingScheduler
 from connectors.pipe import PipeEnd
 from connectors.push import Pushes
-from connectors.remote_lookup_buffer import PeerIo
+from connectors.remote_lookup_buffer import Holder, PeerIo
 from connectors.remote_peer import RemotePeer
 from connectors.restripe import Landing
 from connectors.tier_sampler import COUNTERS
@@ -55,6 +55,7 @@ class HandOverConfig:
     advertise: the address that other hosts reach it at; by default the one it listens at.
     keys: who this engine is, and whose public keys are let in; needed beyond loopback.
     hands_over: others take from this engine; else it only takes.
+    takes: it takes from others, and they push to it; else it only hands over.
     lease_s: how long what nobody takes is held.
     transfer_s: deadline of one transfer.
     push: send a prompt's blocks to its consumer as soon as they are there, where the request names
@@ -67,6 +68,7 @@ class HandOverConfig:
     advertise: str | None = None
     keys: CurveKeys | None = None
     hands_over: bool = True
+    takes: bool = True
     lease_s: float = 60.0
     transfer_s: float = 30.0
     push: bool = False
@@ -122,16 +124,19 @@ class HandOverScheduler(OffloadingScheduler):
         if config.disk is not None or config.shared is not None:
             raise ConfigError("disk, shared: set; tiers belong to another connector beside this one")
         self._peers, self._consumers = Peers(hand_over, offers=False), Peers(hand_over, offers=True)
-        self._pushed: dict[str, list[BlockKey]] = {}  # to this engine, by request
+        self._pushed: dict[str, int] = {}  # hand-overs to this engine, by request
         self._push = hand_over.push
-        super().__init__(config, num_workers, windows, PeerIo(self._peers.of_keys, config.load_timeout_s))
+        super().__init__(config, num_workers, windows, PeerIo(self._peers.holders_of, config.load_timeout_s))
         self._peers.use(self._planes)
         self._consumers.use(self._planes)
         planes, make_end = self._planes, hand_over.make_end
         ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server, hand_over.hands_over)}
         self._buffer = LocalLookupBuffer(planes, lease_s=hand_over.lease_s)
         self._pushes = Pushes(self._buffer, planes, hand_over.transfer_s)
-        self._service = LookupService(self._buffer, planes, ends, transfer_s=hand_over.transfer_s, pushes=self._pushes)
+        self._service = LookupService(
+            self._buffer, planes, ends, transfer_s=hand_over.transfer_s, pushes=self._pushes,
+            gives=hand_over.hands_over, takes=hand_over.takes,
+        )  # fmt: skip
         self._server: ControlServer | None = None
         try:
             self._server = ControlServer(hand_over.listen, self._service.handle, messages=REQUESTS, keys=hand_over.keys)
@@ -170,11 +175,11 @@ class HandOverScheduler(OffloadingScheduler):
         if not self._peers.expect(request_id, keys, hand_over):
             return 0
         if hand_over.is_pushed:
-            self._pushed[request_id] = [key for of_group in keys for key in of_group]
+            self._pushed[request_id] = hand_over.id
         return hand_over.num_blocks
 
     def lookup(self, request_id: str, keys: Keys, *, expected: int = 0) -> int | None:
-        return super().lookup(request_id, keys, expected=expected if self._peers.is_up(request_id) else 0)
+        return super().lookup(request_id, keys, expected=expected if self._peers.is_open(request_id) else 0)
 
     def load(self, request_id: str, blocks: Blocks) -> None:
         super().load(request_id, blocks)
@@ -218,9 +223,9 @@ class HandOverScheduler(OffloadingScheduler):
 
     def _settle(self, request_id: str) -> None:
         """What was pushed for a request it has by now, or does not want."""
-        keys = self._pushed.pop(request_id, None)
-        if keys is not None:
-            self._buffer.settle(keys)
+        pushed = self._pushed.pop(request_id, None)
+        if pushed is not None:
+            self._buffer.settle(pushed)
 
     def _publish(self, slots: Slots, keys: KeyArray, current: tuple[int, bytes]) -> None:
         self._buffer.publish(array_to_keys(keys.reshape(len(slots), -1)), slots, current)
@@ -233,11 +238,11 @@ class Connection:
     num_requests: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Expected:
     connection: Connection
-    keys: list[BlockKey]
-    hand_over: int
+    keys: frozenset[BlockKey]
+    holder: Holder
 
 
 class Peers:
@@ -258,7 +263,7 @@ class Peers:
         self._connections: dict[tuple[str, int], Connection] = {}  # by address and tp_size; least recently named first
         self._told: set[int] = set()  # of which tp_size it was said that there is no way
         self._expected: dict[str, _Expected] = {}  # by request
-        self._of_key: dict[BlockKey, _Expected] = {}
+        self._of_key: dict[BlockKey, list[_Expected]] = {}  # requests that share a prefix have an entry each
         self._total = TierStats(name="peer")
 
     def use(self, planes: Planes) -> None:
@@ -274,9 +279,11 @@ class Peers:
             if connection is None:
                 return False
             connection.num_requests += 1
-            every = [key for of_group in keys for key in of_group]
-            expected = self._expected[request_id] = _Expected(connection, every, hand_over.id)
-            self._of_key.update(dict.fromkeys(every, expected))
+            every = frozenset(key for of_group in keys for key in of_group)
+            expected = _Expected(connection, every, Holder(connection.peer, hand_over.id))
+            self._expected[request_id] = expected
+            for key in every:
+                self._of_key.setdefault(key, []).append(expected)
             return True
 
     def borrow(self, address: str, key: str) -> Connection | None:
@@ -291,14 +298,21 @@ class Peers:
         with self._lock:
             connection.num_requests -= 1
 
-    def of_keys(self, keys: Sequence[BlockKey]) -> RemotePeer | None:
-        """Who has them; called by lookup threads."""
-        expected = self._of_key.get(keys[0])
-        return None if expected is None else expected.connection.peer
+    def holders_of(self, keys: Sequence[BlockKey]) -> list[Holder]:
+        """Who may have them, most of them first; called by lookup threads."""
+        with self._lock:
+            known = list(self._of_key.get(keys[0], ()))
 
-    def is_up(self, request_id: str) -> bool:
+        def num_leading(expected: _Expected) -> int:
+            return next((i for i, key in enumerate(keys) if key not in expected.keys), len(keys))
+
+        known.sort(key=num_leading, reverse=True)
+        return [expected.holder for expected in known]
+
+    def is_open(self, request_id: str) -> bool:
+        """Whether more of what a request was handed over may come."""
         expected = self._expected.get(request_id)
-        return expected is not None and expected.connection.peer.is_up
+        return expected is not None and expected.holder.is_open and expected.connection.peer.is_up
 
     def forget(self, request_id: str) -> None:
         """The request has loaded what it wanted, or is over: the peer may have its memory back."""
@@ -307,10 +321,12 @@ class Peers:
             if expected is None:
                 return
             for key in expected.keys:
-                if self._of_key.get(key) is expected:
+                others = self._of_key[key]
+                others.remove(expected)
+                if not others:
                     del self._of_key[key]
             expected.connection.num_requests -= 1
-        expected.connection.peer.forget(expected.hand_over)
+        expected.connection.peer.forget(expected.holder.hand_over)
 
     def stats(self) -> TierStats:
         """Of all of them together."""

@@ -50,18 +50,26 @@ class Joined(Answer, frozen=True):
 
 
 class Select(Request, frozen=True):
-    """Take the longest stored prefix of these out of the buffer, and hold it so long."""
+    """Take the longest stored prefix of these out of the buffer, and hold it so long.
+
+    hand_over: whose claims are taken; 0: of each key the oldest.
+    """
 
     namespace: Namespace
     keys: Keys
     timeout_s: Seconds
+    hand_over: Number = 0
 
 
 class Selected(Answer, frozen=True):
-    """So many leading blocks; a selection of none has no number."""
+    """So many leading blocks; a selection of none has no number.
+
+    is_open: more of that hand-over may come.
+    """
 
     selection: Number
     num_blocks: Count
+    is_open: bool
 
 
 class Fetch(Request, frozen=True):
@@ -86,11 +94,15 @@ class Forget(Request, frozen=True):
 
 
 class Reserve(Request, frozen=True):
-    """Make room for a prefix that is to be inserted; answered when there is, or when there will be none."""
+    """Make room for a prefix that is to be inserted; answered when there is, or when there will be none.
+
+    hand_over: what is pushed; 0: it is of none.
+    """
 
     namespace: Namespace
     keys: Keys
     timeout_s: Seconds
+    hand_over: Number = 0
 
 
 class Reserved(Answer, frozen=True):

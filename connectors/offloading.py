@@ -15,6 +15,7 @@ the same tokens. Of a group with a sliding window only the last blocks of a pref
 
 from __future__ import annotations
 
+import bisect
 import logging
 import time
 from collections import deque
@@ -119,6 +120,7 @@ class OffloadingScheduler(SchedulerHalf):
 
     def begin(self, request_id: str, keys: Keys) -> None:
         """Start to look for a new request's prefix, before it is asked for."""
+        keys = self._that_fit(keys)
         for of_group, window in zip(keys, self._windows, strict=True):
             tail = of_group if window is None else of_group[-window:]
             self._lookups.begin(request_id, tail[self._manager.prefix_hit(tail) :])
@@ -132,7 +134,9 @@ class OffloadingScheduler(SchedulerHalf):
             expected: leading blocks that another engine is about to have written; they are waited for.
         """
         self._break_promise(request_id)
+        num_asked, keys = len(keys[0]), self._that_fit(keys)
         n: int | None = len(keys[0])
+        expected = min(expected, len(keys[0]))
         for of_group, window in zip(keys, self._windows, strict=True):
             if window is None and n is not None:
                 n = self._present(request_id, of_group[:n], expected)
@@ -140,7 +144,7 @@ class OffloadingScheduler(SchedulerHalf):
         if n is None:
             return None
         promised = self._promise(request_id, keys, n)
-        self._note(request_id, promised, len(keys[0]))
+        self._note(request_id, promised, num_asked)
         return promised
 
     def not_needed(self, request_id: str) -> None:
@@ -329,6 +333,18 @@ class OffloadingScheduler(SchedulerHalf):
     def _release(self, promise: _Promise) -> None:
         for lease in promise.leases:
             self._manager.release(lease)
+
+    def _that_fit(self, keys: Keys) -> Keys:
+        """The longest prefix for which host memory has room: the tail of a longer one would evict its head."""
+        room = self._manager.num_slots * self._per_chunk
+
+        def needed(n: int) -> int:
+            return sum(n if window is None else min(n, window) for window in self._windows)
+
+        n = len(keys[0])
+        if needed(n) > room:
+            n = bisect.bisect_right(range(n + 1), room, key=needed) - 1
+        return [of_group[:n] for of_group in keys]
 
     def _present(self, request_id: str, keys: Sequence[BlockKey], expected: int) -> int | None:
         """Leading blocks of one group in host memory, once what lies below has come up; None: it has not."""

@@ -94,6 +94,12 @@ class Pipe(ABC):
                 nothing writes into the slots any more once it is raised.
         """
 
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether it was closed, by this end, by the peer or by an error, as far as is known without a wait. Any
+        thread may ask; while one sends or receives, that one is told first."""
+
     @abstractmethod
     def close(self) -> None:
         """Wake up who waits on it, here and at the peer, and release everything. May be called twice."""

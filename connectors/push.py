@@ -12,11 +12,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 from connectors.remote_peer import RemotePeer
-from kvstore.keys import BlockKey
 from kvstore.lookup_buffer import Item, LocalLookupBuffer
 from kvstore.planes import Planes
 from kvstore.slot import Slots
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 _THREADS: Final = 4
 _MOST: Final = 256  # under way or waiting; what comes then is pulled
 _ROOM_S: Final = 1.0  # for a consumer to have room
-_MARGIN_S: Final = 5.0
 
 
 class Pushes:
@@ -38,7 +36,7 @@ class Pushes:
         self._buffer, self._planes, self._transfer_s = buffer, planes, transfer_s
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvstore-push")
         self._lock = threading.Lock()
-        self._ends: dict[BlockKey, threading.Event] = {}  # of pushes under way, by key
+        self._under_way: dict[int, Future[None]] = {}  # by the item's number
         self._num_waiting = 0
         self._stopping = threading.Event()
 
@@ -51,13 +49,9 @@ class Pushes:
         self._pool.submit(self._run, item, peer, on_done)
         return True
 
-    def is_under_way(self, key: BlockKey) -> bool:
-        return key in self._ends
-
-    def wait(self, key: BlockKey, deadline: float) -> bool:
-        """Until no push of this block is under way; False at the deadline."""
-        end = self._ends.get(key)
-        return end is None or end.wait(max(0.0, deadline - time.monotonic()))
+    def under_way(self, number: int) -> Future[None] | None:
+        """Done when the push of this item is over; None where it is not under way."""
+        return self._under_way.get(number)
 
     def close(self) -> None:
         """Join the threads; close the peers first, so that none waits for one."""
@@ -77,23 +71,19 @@ class Pushes:
             on_done()
 
     def _push(self, item: Item, peer: RemotePeer, deadline: float) -> None:
-        end, keys = threading.Event(), item.keys
-        with self._lock:
-            self._ends.update(dict.fromkeys(keys, end))  # first: who asks from here on waits
+        over: Future[None] = Future()
+        self._under_way[item.number] = over  # first: who asks from here on waits
+        selection = self._buffer.borrow(item)
+
+        def seal(wanted: list[int]) -> Slots:
+            slots: Slots = selection.slots[wanted]
+            self._planes.seal(slots, [selection.keys[i] for i in wanted])
+            return slots
+
         try:
-            selection = self._buffer.borrow(item, deadline + _MARGIN_S)
-
-            def seal(wanted: list[int]) -> Slots:
-                slots: Slots = selection.slots[wanted]
-                self._planes.seal(slots, [selection.keys[i] for i in wanted])
-                return slots
-
-            if peer.insert(selection.keys, seal, deadline, room_s=_ROOM_S):
+            if peer.insert(selection.keys, seal, deadline, room_s=_ROOM_S, hand_over=item.number):
                 self._buffer.cancel(item)
-            self._buffer.release(selection)
         finally:
-            with self._lock:
-                for key in keys:
-                    if self._ends.get(key) is end:
-                        del self._ends[key]
-            end.set()
+            self._buffer.release(selection)
+            del self._under_way[item.number]
+            over.set_result(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,26 +23,41 @@ from kvstore.slot import KeyArray, Slots
 from kvstore.tiers.base import FoundChunks, TierStats
 
 
+@dataclass(slots=True, eq=False)
+class Holder:
+    """A peer that is said to hold a prefix.
+
+    Attributes:
+        hand_over: number of the claim there that is ours; 0: whatever it has.
+        is_open: more of it may come, as far as is known.
+    """
+
+    peer: RemotePeer
+    hand_over: int = 0
+    is_open: bool = True
+
+
 class PeerIo(IoService):
     """Reads from whichever peer is said to have a prefix, and stores nothing.
 
     Args:
-        peer_of: given keys, who has them; None: nobody is known to.
-        timeout_s: how long a peer is waited for, and holds what it has found.
+        holders_of: given keys, who may have them; they are asked one after the other.
+        timeout_s: how long peers are waited for, and hold what they have found.
     """
 
-    def __init__(self, peer_of: Callable[[Sequence[BlockKey]], RemotePeer | None], timeout_s: float) -> None:
-        self._peer_of, self._timeout_s = peer_of, timeout_s
+    def __init__(self, holders_of: Callable[[Sequence[BlockKey]], Sequence[Holder]], timeout_s: float) -> None:
+        self._holders_of, self._timeout_s = holders_of, timeout_s
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> Located:
         """Takes it out of the peer's buffer: what is found must be read."""
-        peer = self._peer_of(keys)
-        selection = None if peer is None else peer.select(keys, time.monotonic() + self._timeout_s)
-        if selection is None:
-            return NOWHERE
-        n = len(selection.keys)
-        chunks = FoundChunks(np.arange(n), np.ones(n, dtype=np.int64), np.zeros(n, dtype=np.uint64))
-        return Located((peer, selection), chunks, "peer")
+        deadline = time.monotonic() + self._timeout_s
+        for holder in self._holders_of(keys):
+            selection = holder.peer.select(keys, deadline, holder.hand_over)
+            holder.is_open = selection.is_open
+            if n := len(selection.keys):
+                chunks = FoundChunks(np.arange(n), np.ones(n, dtype=np.int64), np.zeros(n, dtype=np.uint64))
+                return Located((holder.peer, selection), chunks, "peer")
+        return NOWHERE
 
     def read(self, located: Located, host_slots: Slots, deadline: float) -> ReadJob:
         if not len(located):
@@ -115,7 +130,7 @@ class RemoteLookupBuffer(LookupBuffer):
         if not out.is_contiguous():
             raise ConfigError("out: not contiguous; give a contiguous tensor")
         planes = self._planes
-        io = PeerIo(lambda _: self._peer, timeout_s)
+        io = PeerIo(lambda _: [Holder(self._peer)], timeout_s)
         promotion = Promotion(planes.manager, io, planes.arena.rows, planes.fmt, planes.manager.epoch, self._copier)
         wanted = keys[: len(out)]
         n = promotion.run(wanted, out, time.monotonic() + timeout_s)

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from connectors.control import ControlRefusedError
 from connectors.lookup_messages import (
+    MAX_BLOCKS,
     VERSION,
     Answer,
     Done,
@@ -39,6 +41,7 @@ from connectors.lookup_messages import (
     identity_fields,
 )
 from connectors.pipe import Pipe, PipeEnd
+from connectors.receive import receive_verified
 from connectors.restripe import Landing
 from kvstore.errors import KVStoreError
 from kvstore.jobs import Indices, IoPool, PooledReadJob, ReadJob, ReadOperation
@@ -64,12 +67,17 @@ class PeerError(KVStoreError):
 
 @dataclass(slots=True)
 class RemoteSelection:
-    """Leading blocks that the peer holds for us."""
+    """Leading blocks that the peer holds for us; of none there is no number.
+
+    Attributes:
+        is_open: more of the same hand-over may come.
+    """
 
     number: int
     keys: list[BlockKey]
     namespace: bytes
     left: int  # to be read
+    is_open: bool = False
 
 
 class RemotePeer:
@@ -100,46 +108,44 @@ class RemotePeer:
         self._lock = threading.Lock()
         self._stats = TierStats(name="peer")
 
-    def select(self, keys: Sequence[BlockKey], deadline: float) -> RemoteSelection | None:
-        """Have the peer hold the longest prefix that it has; None where it has none, or does not answer."""
+    def select(self, keys: Sequence[BlockKey], deadline: float, hand_over: int = 0) -> RemoteSelection:
+        """Have the peer hold the longest prefix that it has; none where it does not answer.
+
+        Args:
+            hand_over: number of the claim that is ours; 0: whatever is there.
+        """
         namespace, left_s = self._planes.current()[1], deadline - time.monotonic()
+        nothing, wanted = RemoteSelection(0, [], namespace, 0), list(keys[:MAX_BLOCKS])
         if left_s <= 0 or not self._health.allow():
-            return None
+            return nothing
         try:
-            answer = self._asked(Select(namespace, b"".join(keys), left_s), left_s, Selected)
+            answer = self._asked(Select(namespace, b"".join(wanted), left_s, hand_over), left_s, Selected)
             self._health.recover()
+        except ControlRefusedError as e:
+            logger.warning("peer %s gives nothing: %s", self.name, e)
+            return nothing
         except KVStoreError as e:
             self._health.fail(e)
-            return None
-        if answer.num_blocks > len(keys) or not answer.num_blocks:
-            self._count(miss_blocks=len(keys))
-            return None
-        return RemoteSelection(answer.selection, list(keys[: answer.num_blocks]), namespace, answer.num_blocks)
+            return nothing
+        n = answer.num_blocks if answer.num_blocks <= len(wanted) else 0
+        self._count(miss_blocks=0 if n else len(wanted))
+        return RemoteSelection(answer.selection, wanted[:n], namespace, n, answer.is_open)
 
     def read(self, selection: RemoteSelection, first: int, host_slots: Slots, deadline: float) -> ReadJob:
-        """Blocks ``first`` on into slots; see `kvstore.jobs.ReadJob`. They are verified by who collects them."""
+        """Blocks ``first`` on into slots; see `kvstore.jobs.ReadJob`. They are verified as they come."""
         keys = selection.keys[first : first + len(host_slots)]
-        key_array, planes, landed = keys_to_array(keys), self._planes, np.zeros(len(keys), dtype=np.bool_)
+        landed = np.zeros(len(keys), dtype=np.bool_)
 
         def run() -> None:
-            if self._landing is None:
-                self._fetch(selection, first, host_slots, deadline)
-                return
-            step = len(self._landing.rows)
+            step = len(keys) if self._landing is None else len(self._landing.rows)
             for i in range(0, len(keys), step):
                 part = slice(i, min(i + step, len(keys)))
-                self._fetch(selection, first + i, np.arange(len(keys[part])), deadline)
-                landed[part] = self._landing.take(keys[part], host_slots[part], selection.namespace)
+                landed[part] = self._fetch(selection, first + i, keys[part], host_slots[part], deadline)
 
         def verify(indices: Indices) -> list[bool]:
-            if self._landing is None:
-                found = planes.codec.verify(planes.arena.rows, host_slots[indices], selection.namespace)
-                ok = found.valid & (found.keys[:, 0] == key_array[indices]).all(axis=1)
-            else:
-                ok = landed[indices]
-            num_good = int(ok.sum())
+            good: list[bool] = landed[indices].tolist()
+            num_good = sum(good)
             self._count(hit_blocks=num_good, corrupt_chunks=len(indices) - num_good)
-            good: list[bool] = ok.tolist()
             return good
 
         def failed(error: BaseException, indices: Indices) -> None:
@@ -156,26 +162,31 @@ class RemotePeer:
         deadline: float,
         *,
         room_s: float = float("inf"),
+        hand_over: int = 0,
     ) -> bool:
         """Put a prefix into the peer's buffer; False where it has no room, or does not answer.
 
         Args:
             seal: given which of the keys are wanted, has their slots ready to be sent.
             room_s: how long the peer may wait for room, within the deadline.
+            hand_over: number of what is pushed; 0: it is of none.
         """
-        if not self._health.allow():
+        if len(keys) > MAX_BLOCKS or not self._health.allow():
             return False
         try:
             namespace, left_s = self._planes.current()[1], max(0.0, deadline - time.monotonic())
             room_s = min(left_s, room_s)
-            reserved = self._asked(Reserve(namespace, b"".join(keys), room_s), room_s + _JOIN_S, Reserved)
+            reserve = Reserve(namespace, b"".join(keys), room_s, hand_over)
+            reserved = self._asked(reserve, room_s + _JOIN_S, Reserved)
             self._health.recover()
             if not reserved.ticket or any(i >= len(keys) for i in reserved.wanted):
                 return False
             slots = seal(reserved.wanted)
-            self._pool.submit(lambda: self._send(reserved.ticket, slots, deadline), deadline).result(
-                max(0.0, deadline - time.monotonic())
-            )
+            sent = self._pool.submit(lambda: self._send(reserved.ticket, slots, deadline), deadline)
+            sent.result()  # slots are the caller's again when they are not read any more; it ends by the deadline
+        except ControlRefusedError as e:
+            logger.warning("peer %s takes nothing: %s", self.name, e)
+            return False
         except Exception as e:
             self._health.fail(e)
             logger.warning("%d blocks were not inserted at peer %s: %s", len(keys), self.name, e)
@@ -183,9 +194,10 @@ class RemotePeer:
         return True
 
     def forget(self, hand_over: int) -> None:
-        """Nothing more of it is wanted; does not wait."""
-        with contextlib.suppress(queue.Full, KVStoreError):
-            self._pool.start(lambda: self._told(Forget(hand_over)), lambda _: None, time.monotonic())
+        """Nothing more of it is wanted; does not wait. A peer that is down has its lease."""
+        if self._health.on:
+            with contextlib.suppress(RuntimeError):  # it was closed
+                self._asker.submit(self._told, Forget(hand_over))
 
     @property
     def is_up(self) -> bool:
@@ -209,32 +221,45 @@ class RemotePeer:
 
     # -- in the pool's thread
 
-    def _fetch(self, selection: RemoteSelection, first: int, slots: Slots, deadline: float) -> None:
-        start, pipe = time.monotonic(), self._joined(deadline)
-        self._asked(Fetch(selection.number, first, len(slots), self._pipe_number), deadline - start, Done)
-        self._over(pipe, lambda: [*pipe.recv_slots(slots, max(0.0, deadline - time.monotonic()))])
-        nbytes = len(slots) * self._planes.fmt.slot_nbytes
-        self._count(read_nbytes=nbytes, read_s=time.monotonic() - start)
-        selection.left -= len(slots)
+    def _fetch(
+        self, selection: RemoteSelection, first: int, keys: Sequence[BlockKey], host_slots: Slots, deadline: float
+    ) -> NDArray[np.bool_]:
+        """Bring blocks into host slots; shape (n,): False where one is not what it should be."""
+        start, planes, landing, n = time.monotonic(), self._planes, self._landing, len(keys)
+        pipe = self._joined(deadline)
+        to_be = keys_to_array(keys)
+        codec, rows, slots = planes.codec, planes.arena.rows, host_slots
+        if landing is not None:
+            codec, rows, slots = landing.codec, landing.rows, np.arange(n)
+        with self._closed_by_errors(pipe):  # of the answer, too: what was asked for may be on its way all the same
+            self._asked(Fetch(selection.number, first, n, self._pipe_number), deadline - start, Done)
+            good = receive_verified(pipe, codec, rows, slots, to_be, selection.namespace, deadline)
+        if landing is not None:
+            landing.bring(np.flatnonzero(good), keys, host_slots, selection.namespace)
+        self._count(read_nbytes=n * codec.fmt.slot_nbytes, read_s=time.monotonic() - start)
+        selection.left -= n
         if selection.left <= 0:
             self._told(Release(selection.number))
+        return good
 
     def _send(self, ticket: int, slots: Slots, deadline: float) -> None:
         pipe = self._joined(deadline)
         left_s = max(0.0, deadline - time.monotonic())
         answer = self._asker.submit(self._asked, Insert(ticket, self._pipe_number), left_s, Done)
         answer.add_done_callback(lambda done: pipe.close() if done.exception() is not None else None)
-        self._over(pipe, lambda: pipe.send_slots(slots, left_s))
-        answer.result(max(0.0, deadline - time.monotonic()))
+        with self._closed_by_errors(pipe):
+            pipe.send_slots(slots, left_s)
+            answer.result(max(0.0, deadline - time.monotonic()))
         self._count(written_nbytes=len(slots) * self._planes.fmt.slot_nbytes)
 
     def _told(self, request: Request) -> None:
         with contextlib.suppress(KVStoreError):  # its lease does it
             self._asked(request, _JOIN_S, Done)
 
-    def _over(self, pipe: Pipe, transfer: Callable[[], object]) -> None:
+    @contextlib.contextmanager
+    def _closed_by_errors(self, pipe: Pipe) -> Iterator[None]:
         try:
-            transfer()
+            yield
         except BaseException:
             pipe.close()
             self._pipe = None
@@ -242,8 +267,11 @@ class RemotePeer:
 
     def _joined(self, deadline: float) -> Pipe:
         """The pipe, made with the first request, and anew after one that failed."""
-        if self._pipe is not None:
+        if self._pipe is not None and not self._pipe.is_closed:
             return self._pipe
+        if self._pipe is not None:  # the peer has closed it, as it was not used
+            self._pipe.close()
+            self._pipe = None
         rows, peer = self._planes.arena.rows, self._planes.identity
         if self._landing is not None:
             rows, peer = self._landing.rows, self._landing.peer

@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Self
 
-import numpy as np
-from numpy.typing import NDArray
 
 from kvstore.arena import HostArena
 from kvstore.identity import KVIdentity
-from kvstore.keys import BlockKey, keys_to_array
+from kvstore.keys import BlockKey
 from kvstore.planes import Planes
 from kvstore.slot import Rows, SlotFormat, Slots
 
@@ -68,11 +66,12 @@ class Landing:
 
     Attributes:
         peer: as above.
+        codec: of its slots.
     """
 
     def __init__(self, planes: Planes, peer: KVIdentity, restripe: Restripe) -> None:
         self.peer, self._planes, self._restripe = peer, planes, restripe
-        self._codec = planes.codec.for_format(SlotFormat.of(peer, 1))
+        self.codec = planes.codec.for_format(SlotFormat.of(peer, 1))
         self._arena: HostArena | None = None
 
     @classmethod
@@ -86,19 +85,18 @@ class Landing:
     def rows(self) -> Rows:
         """Allocated when it is first asked for."""
         if self._arena is None:
-            nbytes = self._codec.fmt.slot_nbytes
+            nbytes = self.codec.fmt.slot_nbytes
             self._arena = HostArena(max(1, _LANDING_NBYTES // nbytes), nbytes)
         return self._arena.rows
 
-    def take(self, keys: Sequence[BlockKey], host_slots: Slots, namespace: bytes) -> NDArray[np.bool_]:
-        """Bring the first rows, one for each key, into host slots; shape (n,): False where a row is not what it
-        should be, and its host slot holds nothing."""
-        landed = np.arange(len(keys))
-        found = self._codec.verify(self.rows, landed, namespace)
-        good: NDArray[np.bool_] = found.valid & (found.keys[:, 0] == keys_to_array(keys)).all(axis=1)
-        self._restripe(self.rows, landed[good], self._planes.arena.rows, host_slots[good])
-        self._planes.seal(host_slots[good], [keys[i] for i in np.flatnonzero(good).tolist()], namespace)
-        return good
+    def bring(self, landed: Slots, keys: Sequence[BlockKey], host_slots: Slots, namespace: bytes) -> None:
+        """Bring rows, which were verified, into host slots.
+
+        Args:
+            landed: which of the first rows; there is a key and a host slot for each row.
+        """
+        self._restripe(self.rows, landed, self._planes.arena.rows, host_slots[landed])
+        self._planes.seal(host_slots[landed], [keys[i] for i in landed.tolist()], namespace)
 
     def close(self) -> None:
         if self._arena is not None:

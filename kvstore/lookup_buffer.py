@@ -7,8 +7,10 @@ each wait by a deadline.
 `LocalLookupBuffer` keeps blocks in the host memory of `kvstore.planes.Planes`, pinned:
 
     insert / hold   a claim on each key, for `lease_s`; a key may have several (prompts share prefixes)
-    select          takes one claim of each leading key; what has none left can be found no more
-    release         the selected slots are free again
+    select          takes the claim of one item, or the oldest, on each leading key; what has none left can be
+                    found no more
+    release         the selected slots are free again. Nothing else frees them: who selects knows when the last
+                    byte of them was read
 """
 
 from __future__ import annotations
@@ -91,21 +93,22 @@ class Item:
 
     Attributes:
         number: random, so that who was told of one cannot name another.
+        hand_over: of what was pushed here, the item's number at the peer that pushed it; 0: it was not.
     """
 
     number: int
     keys: list[BlockKey]
     expires: float
+    hand_over: int = 0
     left: set[BlockKey] = field(default_factory=set)  # keys whose claim was not taken
 
 
 @dataclass(slots=True, eq=False)
 class Selection:
-    """Leading blocks that were taken out: pinned until `LocalLookupBuffer.release`, or until it runs out."""
+    """Leading blocks that were taken out: pinned until `LocalLookupBuffer.release`."""
 
     keys: list[BlockKey]
     lease: LoadLease
-    expires: float
 
     @property
     def slots(self) -> Slots:
@@ -131,7 +134,6 @@ class LocalLookupBuffer(LookupBuffer):
         self._planes, self._manager, self._lease_s = planes, planes.manager, lease_s
         self._lock = threading.Lock()
         self._came = threading.Condition(self._lock)  # something was published, or a claim has ended
-        self._inserting = threading.Lock()  # one at a time, so that two cannot each have half the room
         self._items: dict[int, Item] = {}
         self._claims: dict[BlockKey, deque[Item]] = {}  # oldest first
         self._pinned: dict[BlockKey, int] = {}  # slots of claimed keys that are there
@@ -173,7 +175,7 @@ class LocalLookupBuffer(LookupBuffer):
         copier.check(out, "out")
         if not out.is_contiguous():
             raise ConfigError("out: not contiguous; give a contiguous tensor")
-        selection = self.select(keys[: len(out)], time.monotonic() + timeout_s)
+        selection = self.select(keys[: len(out)])
         try:
             copier.load(selection.slots, selection.lease.positions, out)
         finally:
@@ -182,10 +184,14 @@ class LocalLookupBuffer(LookupBuffer):
 
     # -- slots, for who fills and reads the planes' memory without a tensor
 
-    def reserve(self, keys: Sequence[BlockKey], deadline: float) -> tuple[Item, list[int], Slots] | None:
+    def reserve(
+        self, keys: Sequence[BlockKey], deadline: float, *, hand_over: int = 0
+    ) -> tuple[Item, list[int], Slots] | None:
         """Claim keys and take a slot for each that is not there, to be filled; all of them or, at the deadline, none.
         The lease begins when there is room.
 
+        Args:
+            hand_over: see `Item`.
         Returns:
             The claim, which of the keys the slots are for, and the slots: for `publish` or `give_back`.
         Raises:
@@ -197,19 +203,14 @@ class LocalLookupBuffer(LookupBuffer):
             raise NoRoomError(f"{len(keys)} blocks are more than the whole buffer, {self._manager.num_slots}")
         if len(set(keys)) < len(keys):
             raise ConfigError("keys: one is there twice; the keys of a prefix all differ")
-        if not self._inserting.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        item = self.hold(keys, deadline + self._lease_s)  # what is there cannot go meanwhile
+        absent = np.flatnonzero(~self._manager.contains(keys)).tolist()
+        slots = self._manager.reserve_all(len(absent), deadline)
+        if slots is None:
+            self.cancel(item)
             return None
-        try:
-            item = self.hold(keys, deadline + self._lease_s)  # what is there cannot go meanwhile
-            absent = np.flatnonzero(~self._manager.contains(keys)).tolist()
-            slots = self._reserve(len(absent), deadline)
-            if slots is None:
-                self.cancel(item)
-                return None
-            item.expires = time.monotonic() + self._lease_s
-            return item, absent, slots
-        finally:
-            self._inserting.release()
+        item.hand_over, item.expires = hand_over, time.monotonic() + self._lease_s
+        return item, absent, slots
 
     def publish(
         self, keys: Sequence[BlockKey], slots: Slots, current: tuple[int, bytes], item: Item | None = None
@@ -241,7 +242,7 @@ class LocalLookupBuffer(LookupBuffer):
             expires: on the clock of `time.monotonic`; by default the lease begins now.
         """
         expires = time.monotonic() + self._lease_s if expires is None else expires
-        item = Item(secrets.randbits(63), list(keys), expires, set(keys))
+        item = Item(secrets.randbits(63) or 1, list(keys), expires, left=set(keys))
         with self._lock:
             self._items[item.number] = item
             for key in item.left:
@@ -277,42 +278,46 @@ class LocalLookupBuffer(LookupBuffer):
                 self._came.wait(min(left_s, _POLL_S))
         return False
 
-    def settle(self, keys: Sequence[BlockKey]) -> None:
-        """End one claim on each of these: who it was for has them. They stay, until the room is needed."""
+    def settle(self, hand_over: int) -> None:
+        """End the claim on what was pushed: who it was for has it. It stays, until the room is needed."""
         with self._lock:
-            for key in keys:
-                if key in self._claims:
-                    self._take(key, self._claims[key][0], drop=False)
+            for item in [item for item in self._items.values() if item.hand_over == hand_over != 0]:
+                self._end(item, drop=False)
 
-    def select(self, keys: Sequence[BlockKey], expires: float) -> Selection:
+    def select(self, keys: Sequence[BlockKey], number: int = 0) -> Selection:
         """Take the leading keys that are there and claimed; atomic.
 
         Args:
-            expires: on the clock of `time.monotonic`, when the slots are free again at the latest.
+            number: of the item whose claims are taken; 0: of each key the oldest.
         """
         self._check_open()
         with self._lock:
+            item = self._items.get(number)
             wanted = list(dict.fromkeys(keys))  # a peer may name one twice
-            n = next((i for i, key in enumerate(wanted) if key not in self._pinned), len(wanted))
+
+            def may_take(key: BlockKey) -> bool:
+                return key in self._pinned and (not number or (item is not None and key in item.left))
+
+            n = next((i for i, key in enumerate(wanted) if not may_take(key)), len(wanted))
             lease = self._manager.prepare_load(wanted[:n])
             taken = wanted[: len(lease)]
             for key in taken:
-                self._take(key, self._claims[key][0])
-            selection = Selection(taken, lease, expires)
-            self._selections.add(selection)
-            return selection
+                self._take(key, item or self._claims[key][0])
+            return self._selected(taken, lease)
 
-    def borrow(self, item: Item, expires: float) -> Selection:
+    def is_open(self, number: int) -> bool:
+        """Whether something is left to be taken of the item with this number, or is on its way."""
+        return number in self._items
+
+    def borrow(self, item: Item) -> Selection:
         """Pin what is left of a claim and leave it claimed: `cancel` it once it is somewhere else."""
         with self._lock:
             keys = [key for key in item.keys if key in item.left]
             lease = self._manager.prepare_load(keys)
-            selection = Selection(keys[: len(lease)], lease, expires)
-            self._selections.add(selection)
-            return selection
+            return self._selected(keys[: len(lease)], lease)
 
     def release(self, selection: Selection) -> None:
-        """The slots may be used for something else. May be called twice, and after it has run out."""
+        """Nobody reads the slots any more: they may be used for something else. May be called twice."""
         with self._lock:
             if selection in self._selections:
                 self._selections.remove(selection)
@@ -348,16 +353,10 @@ class LocalLookupBuffer(LookupBuffer):
         if self._stop.is_set():
             raise StoreClosedError("the lookup buffer was closed")
 
-    def _reserve(self, n: int, deadline: float) -> Slots | None:
-        """So many slots, or none."""
-        got = np.empty(0, dtype=np.int64)
-        while len(got) < n:
-            more = self._manager.reserve(n - len(got), deadline)
-            if not len(more):
-                self._manager.give_back(got)
-                return None
-            got = np.concatenate([got, more])
-        return got
+    def _selected(self, keys: list[BlockKey], lease: LoadLease) -> Selection:
+        selection = Selection(keys, lease)
+        self._selections.add(selection)
+        return selection
 
     def _pin(self, keys: Sequence[BlockKey]) -> None:
         """Pin those that are there, once for all claims."""
@@ -384,9 +383,9 @@ class LocalLookupBuffer(LookupBuffer):
                 self._manager.drop([key])
             self._manager.unpin(np.array([slot]))
 
-    def _end(self, item: Item) -> None:
+    def _end(self, item: Item, *, drop: bool = True) -> None:
         for key in list(item.left):
-            self._take(key, item)
+            self._take(key, item, drop=drop)
         self._items.pop(item.number, None)
 
     def _reap(self) -> None:
@@ -397,5 +396,3 @@ class LocalLookupBuffer(LookupBuffer):
                 for item in [item for item in self._items.values() if item.expires <= now]:
                     logger.info("nobody took %d of %d blocks in time", len(item.left), len(item.keys))
                     self._end(item)
-            for selection in [selection for selection in self._selections.copy() if selection.expires <= now]:
-                self.release(selection)

@@ -92,6 +92,16 @@ class TierManager:
                     break
             return self._table.allocate(n)
 
+    def reserve_all(self, n: int, deadline: float) -> Slots | None:
+        """As `reserve`, but all n of them at once; None where there is no such room by the deadline. Nothing is
+        evicted for what does not fit yet."""
+        with self._room:
+            while self._table.allocator.num_free + self._table.num_evictable < n or self._make_room(n) < n:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not self._room.wait(left_s):
+                    return None
+            return self._table.allocate(n)
+
     def publish(
         self, slots: Slots, keys: KeyArray, epoch: int, *, pins: int, absent_as_of: int | None = None
     ) -> NDArray[np.bool_]:
@@ -142,6 +152,12 @@ class TierManager:
             self.epoch += 1
             self._free(self._table.drop(self._table.ready_slots(), "reset"))
             return self.epoch
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold nothing, and are not being filled."""
+        with self._room:
+            return self._table.allocator.num_free
 
     def usage(self) -> tuple[int, int, int]:
         """(ready, pinned, evicted since the start), in slots."""

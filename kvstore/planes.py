@@ -132,7 +132,8 @@ class Planes:
         return ready
 
     def seal(self, slots: Slots, keys: Sequence[BlockKey], namespace: bytes | None = None) -> None:
-        """Write the trailers of slots that hold one block each, before they leave this host.
+        """Write the trailers of slots that hold one block each, before they leave this host. The same bytes whenever
+        it is done: a slot may be on its way to one peer when it is sealed for another.
 
         Args:
             namespace: by default the one in effect.
@@ -140,7 +141,7 @@ class Planes:
         if not len(slots):
             return
         namespace = self.current()[1] if namespace is None else namespace
-        generations = np.full(len(slots), time.time_ns(), dtype=np.uint64)
+        generations = np.zeros(len(slots), dtype=np.uint64)
         self.codec.seal(self.arena.rows, slots, keys_to_array(keys)[:, None, :], namespace, generations)
 
     def promotion(self, sink: Sink | None = None) -> Promotion | None:

@@ -57,6 +57,10 @@ class SlotTable:
         return int(np.count_nonzero(self._pinned))
 
     @property
+    def num_evictable(self) -> int:
+        return int(np.count_nonzero(self._ready & ~self._pinned))
+
+    @property
     def nbytes(self) -> int:
         """Memory of the table without the policy's."""
         return self.index.nbytes + self._pins.nbytes + self._pinned.nbytes + self._ready.nbytes + self._limbo.nbytes

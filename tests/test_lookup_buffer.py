@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore import BlockKey, HostTierConfig, KVIdentity, KVLayout, StoreConfig, hash_blocks
+from kvstore.copier import Copier
 from kvstore.errors import ConfigError, NoRoomError, StoreClosedError
-from kvstore.lookup_buffer import LocalLookupBuffer
+from kvstore.lookup_buffer import Item, LocalLookupBuffer
 from kvstore.planes import Planes
 from tests.waiting import wait_until
 
@@ -158,20 +160,82 @@ def test_what_nobody_takes_leaves() -> None:
         wait_until(lambda: is_empty(buffer))
 
 
-def test_a_selection_that_is_never_released_runs_out(buffer: LocalLookupBuffer) -> None:
-    keys = make_keys(10)
-    assert insert(buffer, keys)
-    selection = buffer.select(keys, time.monotonic() + 0.05)
-    assert buffer.usage() == (0, 10)
+def test_what_is_taken_stays_while_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late it is: leases end beside it, and who waits for room has none of these slots."""
+    with LocalLookupBuffer.open(IDENTITY, num_blocks=NUM_BLOCKS, lease_s=0.2) as buffer:
+        keys, others = make_keys(30), make_keys(30, seed=1)
+        assert insert(buffer, keys)
+        begun, load = threading.Event(), Copier.load
+
+        def slow(self: Copier, *arguments: Any) -> None:
+            begun.set()
+            time.sleep(0.6)  # the reaper looks every 50 ms
+            load(self, *arguments)
+
+        monkeypatch.setattr(Copier, "load", slow)
+        out = torch.empty_like(blocks_of(keys))
+        taking = threading.Thread(target=buffer.drop_select, args=(keys, out), kwargs={"timeout_s": 0.0})
+        taking.start()
+        assert begun.wait(20)
+        assert insert(buffer, others, timeout_s=30.0)
+        taking.join(20)
+        assert torch.equal(out, blocks_of(keys))
+
+
+def hold(buffer: LocalLookupBuffer, keys: list[BlockKey], hand_over: int = 0) -> Item:
+    """As an insert, whose claim can be named."""
+    found = buffer.reserve(keys, time.monotonic(), hand_over=hand_over)
+    assert found is not None
+    item, absent, slots = found
+    buffer._copier().store(blocks_of(keys)[absent], slots)
+    buffer.publish([keys[i] for i in absent], slots, buffer._planes.current(), item)
+    return item
+
+
+def test_of_a_hand_over_its_own_claims_are_taken(buffer: LocalLookupBuffer) -> None:
+    """Whatever the order: prompts that share a prefix can each be taken."""
+    prompts = [[*make_keys(8), *make_keys(6, seed=i)] for i in (1, 2, 3)]
+    items = [hold(buffer, keys) for keys in prompts]
+    assert len(buffer.select(make_keys(3, seed=9), items[0].number)) == 0
+    for item, keys in reversed(list(zip(items, prompts, strict=True))):
+        assert buffer.is_open(item.number)
+        selection = buffer.select(keys, item.number)
+        assert len(selection) == 14
+        assert len(buffer.select(keys, item.number)) == 0
+        assert not buffer.is_open(item.number)
+        buffer.release(selection)
     wait_until(lambda: is_empty(buffer))
-    buffer.release(selection)
-    assert is_empty(buffer)
+
+
+def test_what_was_pushed_is_settled_by_its_number(buffer: LocalLookupBuffer) -> None:
+    """It stays, evictable; what another pushed of the same prefix stays claimed."""
+    keys = make_keys(8)
+    hold(buffer, keys, hand_over=5)
+    other = hold(buffer, keys, hand_over=6)
+    buffer.settle(5)
+    buffer.settle(0)
+    assert buffer.usage() == (8, 0)
+    assert list(buffer._items) == [other.number]
+    buffer.settle(6)
+    assert buffer.usage() == (0, 0)
+    assert buffer._planes.manager.prefix_hit(keys) == 8
+    assert insert(buffer, make_keys(NUM_BLOCKS, seed=1))
+
+
+def test_a_small_insert_does_not_wait_behind_a_large_one(buffer: LocalLookupBuffer) -> None:
+    assert insert(buffer, make_keys(20))
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(insert, buffer, make_keys(20, seed=1), 2.0)
+        time.sleep(0.1)
+        assert insert(buffer, make_keys(4, seed=2))
+        assert not large.result()
+    assert buffer.usage() == (24, 0)
 
 
 def test_selected_slots_stay_until_they_are_released(buffer: LocalLookupBuffer) -> None:
     keys = make_keys(20)
     assert insert(buffer, keys)
-    selection = buffer.select(keys, time.monotonic() + 30)
+    selection = buffer.select(keys)
     assert insert(buffer, make_keys(12, seed=1))
     assert not insert(buffer, make_keys(1, seed=2))
     buffer.release(selection)
@@ -209,7 +273,7 @@ def test_wrong_arguments(buffer: LocalLookupBuffer) -> None:
     with pytest.raises(ConfigError, match="keys: one is there twice"):
         buffer.insert([keys[0]] * 3, blocks_of(keys), timeout_s=0)
     assert insert(buffer, keys)
-    assert len(buffer.select([keys[0], keys[0], keys[1]], time.monotonic() + 30)) == 2
+    assert len(buffer.select([keys[0], keys[0], keys[1]])) == 2
     with pytest.raises(ConfigError, match="not contiguous"):
         buffer.drop_select(keys, blocks_of(keys), timeout_s=0)
     config = StoreConfig(identity=IDENTITY, host=HostTierConfig(num_blocks=8), blocks_per_chunk=4)

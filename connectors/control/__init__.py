@@ -24,6 +24,7 @@ from connectors.control.end import (
     ControlTimeoutError,
     Peer,
     Refused,
+    checked_address,
     make_key_pair,
 )
 from connectors.control.server import ControlServer
@@ -40,5 +41,6 @@ __all__ = [
     "ControlTimeoutError",
     "Peer",
     "Refused",
+    "checked_address",
     "make_key_pair",
 ]

@@ -642,6 +642,17 @@ class PipeTests(ABC):
         assert isinstance(error, PipeError) and seconds < SOON_S
         assert_closed(pair.a, pair.b)
 
+    @pytest.mark.parametrize("who", ["a", "b"])
+    def test_a_close_is_seen_by_both(self, pair: Pair, who: str) -> None:
+        """By who does not use it, too."""
+        self.check_tensor(pair, torch.arange(7))
+        assert not pair.a.is_closed and not pair.b.is_closed
+        getattr(pair, who).close()
+        deadline = time.monotonic() + LONG_S
+        while not (pair.a.is_closed and pair.b.is_closed):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     def test_closed_twice(self, pair: Pair) -> None:
         for _ in range(2):
             pair.a.close()

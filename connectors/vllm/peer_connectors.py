@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import torch
 
 from connectors.base import SchedulerHalf, Stripe, WorkerHalf
+from connectors.control import checked_address
 from connectors.curve_keys import CurveKeys
 from connectors.hand_over import HandOverConfig, HandOverScheduler
 from connectors.offloading import OffloadingWorker
@@ -116,7 +117,7 @@ class PeerConnector(KVStoreConnector):
             )
             keys = CurveKeys.load(Path(mine.keys_path)) if mine.keys_path is not None else None
             self._register = None if mine.register_at is None else self._registration(mine)
-        host = (mine.advertise or mine.listen).removeprefix("tcp://").rpartition(":")[0].strip("[]")
+            host = reached_at(mine, keys)
         self._hand_over = HandOverConfig(
             transport=self.transport,
             make_end=lambda rows, is_server, offers: self.make_end(rows, is_server, offers, host),
@@ -124,6 +125,7 @@ class PeerConnector(KVStoreConnector):
             advertise=mine.advertise,
             keys=keys,
             hands_over=self._kv_transfer_config.is_kv_producer,
+            takes=self._kv_transfer_config.is_kv_consumer,
             lease_s=mine.lease_s,
             transfer_s=mine.transfer_timeout_s,
             push=mine.push,
@@ -196,3 +198,19 @@ class KVStoreNixlConnector(PeerConnector):
         from connectors.nixl import NixlEnd
 
         return NixlEnd(rows, is_server=is_server, listen=host, offers=offers)
+
+
+def reached_at(settings: PeerSettings, keys: CurveKeys | None) -> str:
+    """The host that others reach this server at, where pipes listen too.
+
+    Raises:
+        ConfigError: it is no address, not one that can be reached, or beyond loopback without keys.
+    """
+    name = "listen" if settings.advertise is None else "advertise"
+    address, _ = checked_address(name, settings.advertise or settings.listen, keys)
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if host in ("0.0.0.0", "::", "*"):
+        raise ConfigError(
+            f"{name}: {address} is no address that another host can reach; set advertise to one, like tcp://10.0.0.2:7000"
+        )
+    return host

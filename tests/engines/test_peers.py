@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from connectors.curve_keys import CurveKeys, generate
 from connectors.testing import IDENTITY
 from kvstore.errors import ConfigError
 from tests.engines.engine import NEEDS_VLLM, Engine, blocks, make_llama, prompt, same
@@ -72,7 +73,8 @@ def start(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Cal
 @pytest.fixture(scope="module")
 def pair(start: Callable[..., Engine]) -> tuple[Engine, Engine]:
     producer = start("producer", peer(TCP, "kv_producer", lease_s=5.0))
-    return producer, start("consumer", peer(TCP, "kv_consumer", listen=f"tcp://127.0.0.1:{CONSUMER_PORT}"))
+    listen = f"tcp://127.0.0.1:{CONSUMER_PORT}"
+    return producer, start("consumer", peer(TCP, "kv_consumer", listen=listen, num_cpu_blocks=40))
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +318,20 @@ def test_one_rank_to_two_and_back(
     of_two.stop()
 
 
+def test_a_server_that_listens_everywhere_says_where_it_is_reached(tmp_path: Path) -> None:
+    from connectors.vllm.peer_connectors import PeerSettings, reached_at
+
+    for name in ("mine", "theirs"):
+        generate(tmp_path / name, name)
+    (tmp_path / "mine" / "peers").mkdir(exist_ok=True)
+    (tmp_path / "mine" / "peers" / "theirs.key").write_text((tmp_path / "theirs" / "public.key").read_text())
+    keys = CurveKeys.load(tmp_path / "mine")
+    for listen in ("tcp://0.0.0.0:7000", "tcp://[::]:7000", "tcp://*:7000"):
+        with pytest.raises(ConfigError, match="listen: .*set advertise to one"):
+            reached_at(PeerSettings(listen=listen), keys)
+    assert reached_at(PeerSettings(listen="tcp://0.0.0.0:7000", advertise="tcp://10.0.0.2:7000"), keys) == "10.0.0.2"
+
+
 def test_every_setting_is_in_the_docs() -> None:
     from connectors.vllm.peer_connectors import PeerSettings
 
@@ -328,6 +344,7 @@ def test_every_setting_is_in_the_docs() -> None:
     ("extra", "message"),
     [
         ({"listen": "tcp://0.0.0.0:0"}, "kv_connector_extra_config.listen"),
+        ({"advertise": "tcp://10.1.2.3:7000"}, "kv_connector_extra_config.advertise: .*not loopback, and without keys"),
         ({"listen": 5}, "kv_connector_extra_config.listen: 5"),
         ({"lease_s": 0}, "kv_connector_extra_config.lease_s: 0"),
         ({"keys_path": "/nowhere"}, "kv_connector_extra_config.*nowhere"),

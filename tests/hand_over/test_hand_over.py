@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,125 +11,29 @@ import numpy as np
 import pytest
 import torch
 
-from connectors.base import Stripe
-from connectors.control import ControlClient, ControlRefusedError, ControlServer
+from connectors.control import ControlRefusedError
 from connectors.curve_keys import CurveKeys, generate
 from connectors.hand_over import HandOverConfig, HandOverScheduler
-from connectors.lookup_messages import ANSWERS, REQUESTS
-from connectors.lookup_service import LookupService
-from connectors.nccl import NcclEnd
-from connectors.nixl import NixlEnd
-from connectors.offloading import OffloadingWorker
-from connectors.pipe import Pipe, PipeClosedError, PipeEnd
-from connectors.remote_lookup_buffer import RemoteLookupBuffer
-from connectors.remote_peer import RemotePeer
-from connectors.restripe import Landing, Restripe
-from connectors.tcp import TcpEnd
-from connectors.testing import IDENTITY, PagedEngine, make_caches, make_keys
-from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, StoreConfig
+from connectors.pipe import Pipe, PipeClosedError
+from connectors.restripe import Restripe
+from connectors.testing import IDENTITY, make_keys
+from kvstore import DiskTierConfig, KVIdentity
 from kvstore.errors import ConfigError
-from kvstore.identity import Placement
-from kvstore.lookup_buffer import LocalLookupBuffer
-from kvstore.planes import Planes
-from kvstore.slot import Rows
+from tests.hand_over import peers
+from tests.hand_over.peers import (
+    NUM_BLOCKS,
+    Engine,
+    Remote,
+    Served,
+    blocks_of,
+    make_end,
+    of_ranks,
+    store_config,
+    take,
+)
 from tests.waiting import wait_until
 
-NUM_BLOCKS = 32
-
-
-ENDS: dict[str, Callable[..., PipeEnd]] = {"tcp": TcpEnd, "gloo": NcclEnd, "nixl": NixlEnd}
-chosen = "tcp"
-
-
-@pytest.fixture(autouse=True, params=ENDS)
-def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test here is run by every transport."""
-    monkeypatch.setattr(f"{__name__}.chosen", request.param)
-    return str(request.param)
-
-
-def make_end(rows: Rows, is_server: bool, offers: bool = True) -> PipeEnd:
-    may_not = {} if offers or chosen != "nixl" else {"offers": False}
-    return ENDS[chosen](rows, is_server=is_server, **may_not)
-
-
-def store_config(num_blocks: int = NUM_BLOCKS, identity: KVIdentity = IDENTITY, **settings: Any) -> StoreConfig:
-    host = HostTierConfig(num_blocks=num_blocks)
-    return StoreConfig(identity=identity, host=host, put_timeout_s=0.0, load_timeout_s=2.0, **settings)
-
-
 # -- a peer's buffer as a LookupBuffer
-
-
-class Served:
-    """A local buffer that peers may use."""
-
-    def __init__(self, identity: KVIdentity = IDENTITY, num_blocks: int = NUM_BLOCKS, lease_s: float = 60.0) -> None:
-        self.planes = Planes(store_config(num_blocks, identity))
-        self.buffer = LocalLookupBuffer(self.planes, lease_s=lease_s)
-        rows = self.planes.arena.rows
-        ends = {chosen: lambda is_server: make_end(rows, is_server)}
-        self.service = LookupService(self.buffer, self.planes, ends, transfer_s=5.0)
-        self.server = ControlServer("tcp://127.0.0.1:0", self.service.handle, messages=REQUESTS, keys=None)
-
-    def is_idle(self) -> bool:
-        _, pinned, _ = self.planes.manager.usage()
-        return pinned == 0 and self.buffer.usage() == (0, 0) and self.service.usage()[:2] == (0, 0)
-
-    def close(self) -> None:
-        self.server.close()
-        self.service.close()
-        self.buffer.close()
-        self.planes.close()
-
-
-class Remote:
-    """One who uses it."""
-
-    def __init__(
-        self,
-        address: str,
-        identity: KVIdentity = IDENTITY,
-        num_blocks: int = NUM_BLOCKS,
-        their_ranks: int | None = None,
-    ) -> None:
-        self.client = ControlClient(address, messages=ANSWERS, keys=None, server_key=None)
-        planes = Planes(store_config(num_blocks, identity))
-        landing = None if their_ranks is None else Landing.of(planes, their_ranks)
-        self.peer = RemotePeer("served", self.client.ask, planes, chosen, lambda rows: make_end(rows, False), landing)
-        self.buffer = RemoteLookupBuffer(self.peer, planes)
-        self.planes = planes
-
-    def close(self) -> None:
-        self.client.close()
-        self.buffer.close()
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    served = Served()
-    yield served
-    served.close()
-
-
-@pytest.fixture
-def remote(served: Served) -> Iterator[Remote]:
-    remote = Remote(served.server.address)
-    yield remote
-    remote.close()
-
-
-def blocks_of(keys: list[BlockKey]) -> torch.Tensor:
-    numbers = [key[0] + key[1] / 256 for key in keys]
-    shape = IDENTITY.layout.block_shape
-    return torch.tensor(numbers, dtype=torch.bfloat16).view(-1, 1, 1, 1, 1, 1).expand(-1, *shape).contiguous()
-
-
-def take(buffer: RemoteLookupBuffer, keys: list[BlockKey], timeout_s: float = 5.0) -> int:
-    out = torch.full((len(keys), *IDENTITY.layout.block_shape), -1, dtype=torch.bfloat16)
-    n = buffer.drop_select(keys, out, timeout_s=timeout_s)
-    assert torch.equal(out[:n], blocks_of(keys[:n]))
-    return n
 
 
 def test_what_was_inserted_there_is_taken_here(served: Served, remote: Remote) -> None:
@@ -222,10 +124,6 @@ def test_bytes_that_changed_on_their_way_are_a_miss(served: Served, remote: Remo
     wait_until(served.is_idle)
 
 
-def of_ranks(tp_size: int) -> KVIdentity:
-    return replace(IDENTITY, placement=Placement(tp_size=tp_size, byte_layout="vllm 0.32 cpu LBHNC x"))
-
-
 @pytest.mark.parametrize(("there", "here"), [(1, 2), (2, 1)])
 def test_a_peer_of_other_ranks(there: int, here: int) -> None:
     """Blocks are cut anew on their way; one that changed is a miss, as ever."""
@@ -269,7 +167,7 @@ def test_a_pipe_that_breaks_is_made_anew(served: Served, remote: Remote) -> None
     pipe.close()
     with pytest.raises(PipeClosedError):
         list(pipe.recv_slots(torch.arange(1).numpy(), 1.0))
-    assert take(remote.buffer, keys[3:6]) == 0  # what was taken out is lost
+    assert take(remote.buffer, keys[3:6]) == 3
     assert take(remote.buffer, keys[6:]) == 4
     wait_until(served.is_idle, timeout_s=20)
 
@@ -278,7 +176,7 @@ def test_a_consumer_that_dies_gives_its_selection_back(served: Served) -> None:
     remote = Remote(served.server.address)
     keys = make_keys(10)
     assert served.buffer.insert(keys, blocks_of(keys), timeout_s=0)
-    assert remote.peer.select(keys, time.monotonic() + 1.0) is not None
+    assert remote.peer.select(keys, time.monotonic() + 1.0).keys == keys
     remote.close()
     assert served.buffer.usage() == (0, 10)
     wait_until(lambda: served.buffer.usage() == (0, 0))
@@ -297,60 +195,6 @@ def test_a_miss_is_answered_in_no_time(served: Served, remote: Remote) -> None:
 
 
 # -- engines
-
-
-class Engine(PagedEngine):
-    def __init__(
-        self, num_blocks: int = NUM_BLOCKS, num_workers: int = 1, identity: KVIdentity = IDENTITY, **settings: Any
-    ) -> None:
-        caches = make_caches(num_workers)
-        hand_over = HandOverConfig(transport=chosen, make_end=make_end, **{"transfer_s": 5.0, **settings})
-        self.half = HandOverScheduler(store_config(num_blocks, identity), num_workers, hand_over=hand_over)
-        workers = [OffloadingWorker(Stripe(i, num_workers), groups, 1) for i, groups in enumerate(caches)]
-        super().__init__(self.half, workers, caches)
-
-    def prefill(self, keys: list[BlockKey], push_to: Engine | None = None) -> dict[str, Any]:
-        """As a server that is asked to hand over; the last step's blocks are on their way yet."""
-        self.store(keys, range(len(keys)))
-        self.step()
-        to = None if push_to is None else {"address": push_to.half.address, "key": push_to.half.public_key}
-        told = self.half.hand_over([keys], {"kvstore_push_to": to})
-        assert told is not None
-        return told
-
-    def decode(self, request_id: str, keys: list[BlockKey], told: dict[str, Any]) -> int:
-        expected = self.half.expect(request_id, [keys], told)
-        self._asked[request_id] = keys
-        answers: list[int | None] = []
-
-        def is_answered() -> bool:
-            answers.append(self.half.lookup(request_id, [keys], expected=expected))
-            if answers[-1] is None:
-                self.step()
-            return answers[-1] is not None
-
-        wait_until(is_answered)
-        n = answers[-1] or 0
-        self.load(request_id, range(40, 40 + n))
-        self.step()
-        self.forget(request_id)
-        return n
-
-    def held(self) -> tuple[int, int]:
-        return self.half._buffer.usage()
-
-
-@pytest.fixture
-def make_engine() -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
-
-    def make(*arguments: Any, **settings: Any) -> Engine:
-        engines.append(Engine(*arguments, **settings))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 def test_a_prompt_is_handed_over(make_engine: Callable[..., Engine]) -> None:
@@ -466,114 +310,6 @@ def test_after_a_reset_nothing_is_handed_over(make_engine: Callable[..., Engine]
     wait_until(lambda: producer.held() == (0, 0))
 
 
-# -- pushes
-
-
-def is_idle(engine: Engine) -> bool:
-    return engine.held() == (0, 0) and engine.half._service.usage()[:2] == (0, 0)
-
-
-def test_a_prompt_is_pushed(make_engine: Callable[..., Engine]) -> None:
-    """It is in the consumer's memory before that asks, and goes once."""
-    producer, consumer = make_engine(push=True), make_engine(hands_over=False)
-    keys = make_keys(20)
-    told = producer.prefill(keys, consumer)
-    assert told["kvstore_peer"]["is_pushed"]
-    wait_until(lambda: consumer.held() == (20, 0))
-    wait_until(lambda: is_idle(producer))
-    producer.wait_unpinned()
-    assert consumer.decode("r", keys, told) == 20
-    assert consumer.half.stats()["peer"]["read_nbytes"] == 0
-    assert is_idle(consumer)
-    consumer.wait_unpinned()
-    assert consumer.lookup("again", keys) == 20  # it stays, as any other
-
-
-def test_who_asks_during_a_push_waits_for_it(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    producer, consumer = make_engine(push=True), make_engine(hands_over=False)
-    keys, begun, go_on = make_keys(20), threading.Event(), threading.Event()
-    insert = RemotePeer.insert
-
-    def slow(self: RemotePeer, *arguments: Any, **settings: Any) -> bool:
-        begun.set()
-        assert go_on.wait(20)
-        return insert(self, *arguments, **settings)
-
-    monkeypatch.setattr(RemotePeer, "insert", slow)
-    told = producer.prefill(keys, consumer)
-    assert begun.wait(20)
-    threading.Timer(0.3, go_on.set).start()
-    assert consumer.decode("r", keys, told) == 20
-    assert consumer.half.stats()["peer"]["read_nbytes"] == 0
-    wait_until(lambda: is_idle(producer) and is_idle(consumer))
-
-
-def test_what_cannot_be_pushed_is_pulled(make_engine: Callable[..., Engine]) -> None:
-    """The consumer has no room for it when it comes, and has later."""
-    producer, consumer = make_engine(push=True), make_engine()
-    other = make_keys(NUM_BLOCKS, seed=9)
-    consumer.prefill(other)  # all its memory is held
-    keys = make_keys(20)
-    told = producer.prefill(keys, consumer)
-    wait_until(lambda: not producer.half._pushes.is_under_way(keys[0]) and producer.held() == (20, 0))
-    consumer.half._buffer.settle(other)
-    assert consumer.decode("r", keys, told) == 20
-    assert consumer.half.stats()["peer"]["read_nbytes"] > 0
-    wait_until(lambda: is_idle(producer) and is_idle(consumer))
-
-
-def test_a_push_goes_to_another_than_the_one_who_decodes(make_engine: Callable[..., Engine]) -> None:
-    """Who decodes computes; nothing is left anywhere but for the lease."""
-    producer, first, second = make_engine(push=True), make_engine(lease_s=0.5), make_engine()
-    keys = make_keys(20)
-    told = producer.prefill(keys, first)
-    wait_until(lambda: first.held() == (20, 0) and is_idle(producer))
-    assert second.decode("r", keys, told) == 0
-    wait_until(lambda: is_idle(first))
-    first.wait_unpinned()
-
-
-def test_the_consumer_is_gone_when_it_is_pushed_to(make_engine: Callable[..., Engine]) -> None:
-    producer, consumer, another = make_engine(push=True, lease_s=3.0), Engine(), make_engine()
-    consumer.close()
-    keys = make_keys(20)
-    told = producer.prefill(keys, consumer)
-    assert another.decode("r", keys, told) in (0, 20)  # its wait may have ended before the push did
-    wait_until(lambda: is_idle(producer))
-    producer.wait_unpinned()
-
-
-def test_a_producer_closes_while_it_pushes(make_engine: Callable[..., Engine]) -> None:
-    producer, consumer = Engine(push=True), make_engine(lease_s=0.5)
-    keys = make_keys(20)
-    producer.store(keys[:10], range(10))
-    producer.step()
-    producer.store(keys[10:], range(10, 20))
-    producer.end_step()  # what it waits for never comes
-    assert producer.half.hand_over([keys], {"kvstore_push_to": {"address": consumer.half.address, "key": ""}})
-    start = time.monotonic()
-    producer.close()
-    assert time.monotonic() - start < 5
-    wait_until(lambda: is_idle(consumer))
-
-
-@pytest.mark.parametrize(
-    "told",
-    [None, 7, {}, {"address": "tcp://192.0.2.1:5", "key": ""}, {"address": 7, "key": ""}, {"address": "x", "key": "y"}],
-    ids=str,
-)
-def test_what_names_no_consumer_is_not_pushed(make_engine: Callable[..., Engine], told: object) -> None:
-    producer, consumer = make_engine(push=True), make_engine()
-    keys = make_keys(5)
-    producer.store(keys, range(5))
-    producer.step()
-    answer = producer.half.hand_over([keys], {"kvstore_push_to": told})
-    assert answer is not None and not answer["kvstore_peer"]["is_pushed"]
-    assert consumer.decode("r", keys, answer) == 5
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -636,7 +372,7 @@ def test_a_producer_whose_key_is_not_let_in_is_not_asked(
 
 
 def test_wrong_settings(tmp_path: Path) -> None:
-    hand_over = HandOverConfig(transport=chosen, make_end=make_end)
+    hand_over = HandOverConfig(transport=peers.chosen, make_end=make_end)
     with pytest.raises(ConfigError, match="blocks_per_chunk: 2"):
         HandOverScheduler(store_config(blocks_per_chunk=2), 1, hand_over=hand_over)
     disk = DiskTierConfig(path=str(tmp_path), capacity_nbytes=8 << 20)
@@ -644,5 +380,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
         HandOverScheduler(store_config(disk=disk), 1, hand_over=hand_over)
     with pytest.raises(ConfigError, match="listen"):
         HandOverScheduler(
-            store_config(), 1, hand_over=HandOverConfig(transport=chosen, make_end=make_end, listen="tcp://0.0.0.0:0")
+            store_config(),
+            1,
+            hand_over=HandOverConfig(transport=peers.chosen, make_end=make_end, listen="tcp://0.0.0.0:0"),
         )
