@@ -35,21 +35,53 @@ def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=check, capture_output=True, text=True, timeout=30)
 
 
+def connect(names: tuple[str, str]) -> str:
+    """Make two namespaces and a slow, lossy link between them; why that cannot be, or nothing."""
+    for name in names:
+        made = run("ip", "netns", "add", name, check=False)
+        if made.returncode:
+            return f"network namespaces cannot be made: {made.stderr.strip()}"
+        run("ip", "-n", name, "link", "set", "lo", "up")
+    ends = ("netns", names[0], "type", "veth", "peer", "name", "kvt0", "netns", names[1])
+    made = run("ip", "link", "add", "kvt0", *ends, check=False)
+    if made.returncode:
+        return f"they cannot be linked: {made.stderr.strip()}"
+    for name, address in zip(names, ADDRESSES, strict=True):
+        run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "kvt0")
+        run("ip", "-n", name, "link", "set", "kvt0", "up")
+        for what in LINKS.values():
+            if not run("tc", "-n", name, "qdisc", "add", "dev", "kvt0", "root", *what, check=False).returncode:
+                break
+        else:
+            return "the kernel has neither netem nor tbf, which make a link slow and lossy"
+    return ""
+
+
+def remove(names: tuple[str, str]) -> None:
+    for name in names:
+        run("ip", "netns", "del", name, check=False)
+
+
+def new_names() -> tuple[str, str]:
+    tag = uuid.uuid4().hex[:6]
+    return f"kvt-a-{tag}", f"kvt-b-{tag}"
+
+
 def why_not() -> str:
-    """Why namespaces cannot be made here; empty where they can."""
+    """Why there can be no two hosts here; empty where there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None or shutil.which("tc") is None:
         return "there is no iproute2"
-    name = f"kvt-{uuid.uuid4().hex[:8]}"
-    made = run("ip", "netns", "add", name, check=False)
-    if made.returncode:
-        return f"network namespaces cannot be made: {made.stderr.strip()}"
-    run("ip", "netns", "del", name)
-    return ""
+    names = new_names()
+    try:
+        return connect(names)
+    finally:
+        remove(names)
 
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+WHY_NOT = why_not()
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 
 
 @dataclass
@@ -69,25 +101,12 @@ class Link:
 
 @pytest.fixture
 def link() -> Iterator[Link]:
-    tag = uuid.uuid4().hex[:6]
-    names = (f"kvt-a-{tag}", f"kvt-b-{tag}")
+    names = new_names()
     try:
-        for name in names:
-            run("ip", "netns", "add", name)
-            run("ip", "-n", name, "link", "set", "lo", "up")
-        run("ip", "link", "add", "kvt0", "netns", names[0], "type", "veth", "peer", "name", "kvt0", "netns", names[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "kvt0")
-            run("ip", "-n", name, "link", "set", "kvt0", "up")
-            for what in LINKS.values():
-                if not run("tc", "-n", name, "qdisc", "add", "dev", "kvt0", "root", *what, check=False).returncode:
-                    break
-            else:
-                raise AssertionError("the kernel has neither netem nor tbf")
+        assert not connect(names)
         yield Link(names)
     finally:
-        for name in names:
-            run("ip", "netns", "del", name, check=False)
+        remove(names)
 
 
 class Host:
