@@ -71,6 +71,7 @@ class End:
 
     request_id: str
     tenant: str
+    namespace: bytes
     last: int
 
 
@@ -115,7 +116,7 @@ class _Moves:
         self._moves.append(move)
         return len(part)
 
-    def last(self, key: bytes) -> Move | None:
+    def last(self, key: bytes, until_ns: int | None = None) -> Move | None:
         if self._sorted is None:
             ids = np.concatenate(self._parts)
             which = np.repeat(np.arange(len(self._parts)), [len(part) for part in self._parts])
@@ -125,7 +126,12 @@ class _Moves:
         ids, which = self._sorted
         (number,) = move_ids(key)
         at = int(np.searchsorted(ids, number, side="right")) - 1
-        return self._moves[int(which[at])] if at >= 0 and ids[at] == number else None
+        while at >= 0 and ids[at] == number:
+            move = self._moves[int(which[at])]
+            if until_ns is None or move.t_ns <= until_ns:
+                return move
+            at -= 1
+        return None
 
 
 @dataclass(slots=True)
@@ -209,22 +215,32 @@ class JournalView:
     def hashes_of(self, request: Request) -> list[bytes]:
         """Of its prompt's blocks and, once it is over, of those that it generated."""
         for end in reversed(self.ends):
-            if end.request_id == request.request_id and end.tenant == request.tenant:
+            if (end.request_id, end.tenant, end.namespace) == (request.request_id, request.tenant, request.namespace):
                 nodes = self.nodes_to(end.last)
                 if request.last in nodes:  # and not another request of that id
                     return [self.hashes[node] for node in nodes]
         return self.path_to(request.last)
 
-    def hashes_of_tenant(self, tenant: str) -> set[bytes]:
-        """Of all blocks that a tenant's requests asked for, or stored; ``tenant`` as in `Request`."""
-        seen: set[int] = set()
-        lasts = [request.last for request in self.requests if request.tenant == tenant]
-        lasts += [end.last for end in self.ends if end.tenant == tenant]
-        for node in lasts:
-            while node != NO_NODE and node not in seen:
-                seen.add(node)
+    def hashes_of_tenant(self, tenant: str) -> dict[bytes, set[bytes]]:
+        """Of all blocks that a tenant's requests asked for, or stored, by namespace; ``tenant`` as in `Request`."""
+        found: dict[bytes, set[bytes]] = {}
+        for one in self._told():
+            if one.tenant == tenant:
+                hashes, node = found.setdefault(one.namespace, set()), one.last
+                while node != NO_NODE and self.hashes[node] not in hashes:
+                    hashes.add(self.hashes[node])
+                    node = self.parents[node]
+        return found
+
+    def tenants_by_hash(self) -> dict[bytes, dict[bytes, str]]:
+        """Namespace -> block hash -> who asked for it, or stored it, first: salts make hashes differ."""
+        found: dict[bytes, dict[bytes, str]] = {}
+        for one in self._told():
+            tenants, node = found.setdefault(one.namespace, {}), one.last
+            while node != NO_NODE and self.hashes[node] not in tenants:
+                tenants[self.hashes[node]] = one.tenant
                 node = self.parents[node]
-        return {self.hashes[node] for node in seen}
+        return found
 
     def hits_by_node(self) -> list[int]:
         """How often each block was a hit."""
@@ -255,6 +271,15 @@ class JournalView:
             return max(removed, key=lambda move: move.t_ns, default=last)
         return last
 
+    def had(self, tier: str, key: bytes, at_ns: int, pid: int) -> bool:
+        """Whether a tier had a block at a time, as far as moves tell; of host memory, that of one process."""
+        found = [
+            move
+            for (name, whose), moves in self._moves.items()
+            if name == tier and (tier != "host" or whose == pid) and (move := moves.last(key, at_ns))
+        ]
+        return bool(found) and not max(found, key=lambda move: move.t_ns).why
+
     def has_ended(self, pid: int) -> bool:
         """Whether a process is gone, as far as the journal tells: it said so, or was silent while others wrote."""
         return pid in self.closed or self.last_ns - self.seen_ns.get(pid, 0) > _SILENT_NS
@@ -266,6 +291,10 @@ class JournalView:
         return [*(tier for tier in order if tier in known), *sorted(known.difference(order))]
 
     # -- inside
+
+    def _told(self) -> Iterator[Request | End]:
+        yield from self.requests
+        yield from self.ends
 
     def _up(self, ends: Sequence[tuple[int, int]]) -> list[int]:
         """By node: of how many (last node, leading blocks) it is among the leading blocks."""
@@ -306,7 +335,7 @@ class JournalView:
             case Asked() if len(self.requests) < MAX_REQUESTS:
                 self._add_request(record, writer)
             case Ended() if len(self.ends) < MAX_REQUESTS:
-                self.ends.append(End(record.request, record.tenant, self._last(record)))
+                self.ends.append(End(record.request, record.tenant, writer.namespace, self._last(record)))
 
     def _add_request(self, asked: Asked, writer: _Writer) -> None:
         num_blocks = asked.depth + len(asked.hashes) // BLOCK_HASH_NBYTES

@@ -22,6 +22,7 @@ from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
 from tools.keygen import keygen
 from tools.options import (
+    AnyTier,
     Journal,
     Json,
     KeyFile,
@@ -107,7 +108,7 @@ def ls(
     sort: Annotated[Sort, typer.Option(help="Smallest, or youngest, first.")] = Sort.PATH,
     reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
     model: Annotated[str, typer.Option(metavar="TEXT", help="Only models with this in their name.")] = "",
-    tier: Annotated[str, typer.Option(metavar="TIER", help="Only disk, or only shared.")] = "",
+    tier: Annotated[AnyTier | None, typer.Option(help="Only of this tier.")] = None,
     namespace: Annotated[str, typer.Option(metavar="HEX", help="Only namespaces that begin so.")] = "",
     older_than: Annotated[str, typer.Option(metavar="AGE", help="Only where nothing is newer: 90s, 2h, 7d.")] = "0s",
     limit: Annotated[int | None, typer.Option(min=0, help="So many rows.")] = None,
@@ -131,7 +132,7 @@ def ls(
         from tools.prefix_tree import prefix_tree
 
         chosen = Chosen(
-            sort=sort.value, reverse=reverse, model=model, tier=tier, namespace=namespace,
+            sort=sort.value, reverse=reverse, model=model, tier=tier.value if tier else "", namespace=namespace,
             older_than_s=parse_age("--older-than", older_than), limit=limit,
         )  # fmt: skip
         if tree:

@@ -15,6 +15,7 @@ from kvstore.journal_view import JournalView
 from kvstore.tiers.catalog import Catalog, Summary
 from tools.blocks import Place
 from tools.foreign.base import ForeignStore
+from tools.names import check_namespace, check_there, models_like
 from tools.output import age, lines, progress, size, table
 from tools.places import find_stored
 
@@ -118,6 +119,10 @@ class Chosen:
     older_than_s: float = 0.0
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.namespace:
+            check_namespace(self.namespace)
+
     def takes(self, place: Place) -> bool:
         """Whether a block is of a row that is wanted, by all but its age."""
         fmt = place.fmt
@@ -128,6 +133,11 @@ class Chosen:
         )
 
     def rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Raises NotStoredError where none is of such a model, or of such a namespace."""
+        if self.model:
+            models_like(self.model, {row.model for row in rows} - {None})
+        if self.namespace:
+            check_there(self.namespace, [row.namespace for row in rows])
         wanted = [
             row
             for row in rows
@@ -156,6 +166,7 @@ def list_stored(path: Path, chosen: Chosen | None = None, journal: Path | None =
 
     Raises:
         ConfigError: there is nothing of a tier there, or no journal.
+        NotStoredError: see `Chosen.rows`.
     """
     (catalogs, stores), rows = find_stored(path), list[Row]()
     for catalog in catalogs:

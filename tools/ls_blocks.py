@@ -6,17 +6,19 @@ import heapq
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore.errors import ConfigError
 from kvstore.journal_view import NO_NODE, JournalView
 from kvstore.keys import BLOCK_HASH_NBYTES
-from tools.blocks import Place, places
+from kvstore.tiers.catalog import Catalog
+from tools.blocks import Place, formats_of, places
 from tools.ls import Chosen, problem_lines, problems_of
+from tools.names import check_there, models_like
 from tools.output import age, printable, results, size
 from tools.places import find_catalogs
 
@@ -68,9 +70,12 @@ def list_blocks(path: Path, chosen: Chosen, journal: Path | None, *, as_json: bo
 
     Raises:
         ConfigError: there is nothing of a tier there, no journal, or it cannot be sorted so.
+        NotStoredError: nothing is of such a model, or of such a namespace.
     """
     catalogs = find_catalogs(path)
-    ordered = _ordered(_rows((place for place in places(catalogs) if chosen.takes(place)), journal), chosen)
+    if chosen.model:
+        models_like(chosen.model, (fmt.content.get("model") for fmt in formats_of(catalogs)))
+    ordered = _begun(_ordered(_rows(_taken(catalogs, chosen), journal), chosen))
     if as_json:
         _write_json(ordered)
         sys.stdout.write('"problems": ' + json.dumps(problems_of(catalogs)) + "}\n")
@@ -80,6 +85,24 @@ def list_blocks(path: Path, chosen: Chosen, journal: Path | None, *, as_json: bo
         sys.stdout.write(row.line() + "\n")
     for part in problem_lines(problems_of(catalogs)):
         results().print(part)
+
+
+def _taken(catalogs: Sequence[Catalog], chosen: Chosen) -> Iterator[Place]:
+    """Those that are wanted; raises NotStoredError where all have gone by and none was of the namespace."""
+    seen: set[bytes] = set()
+    for place in places(catalogs):
+        seen.add(place.chunk.space.namespace)
+        if chosen.takes(place):
+            yield place
+    if chosen.namespace:
+        check_there(chosen.namespace, seen)
+
+
+def _begun(rows: Iterable[BlockRow]) -> Iterator[BlockRow]:
+    """The same, of which the first has come: what is wrong is said before anything is written."""
+    whole = iter(rows)
+    first = list(islice(whole, 1))
+    return chain(first, whole)
 
 
 def _ordered(rows: Iterator[BlockRow], chosen: Chosen) -> Iterable[BlockRow]:

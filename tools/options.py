@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,24 @@ if TYPE_CHECKING:
 StoredPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A disk tier's directory, a shared path, or a folder that holds them.")
 ]
+
+
+class StoreTier(StrEnum):
+    """Where stores keep what lasts."""
+
+    DISK = "disk"
+    SHARED = "shared"
+
+
+class AnyTier(StrEnum):
+    """Those, and where other systems do."""
+
+    DISK = "disk"
+    SHARED = "shared"
+    VLLM_EXAMPLE = "vllm-example"
+    VLLM_FS = "vllm-fs"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 KeyFile = Annotated[
     str | None,
