@@ -41,6 +41,21 @@ FOOTER: Final = np.dtype(
         ("trailer_digest", "V16"),
     ]
 )
+_WORD: Final = np.dtype("<u8")
+
+
+def _place(field: str) -> slice:
+    """Of a footer's bytes."""
+    assert FOOTER.fields is not None
+    dtype, offset = FOOTER.fields[field][:2]
+    return slice(offset, offset + dtype.itemsize)
+
+
+_NAMESPACE: Final = _place("namespace")
+_BODY_DIGEST: Final = _place("body_digest")
+_FIXED: Final = np.zeros(FOOTER.itemsize // _WORD.itemsize, dtype=_WORD)  # the bits that are the same in all slots
+for _name in ("magic", "version", "num_keys", "placement", "payload_nbytes"):
+    _FIXED.view(np.uint8)[_place(_name)] = 0xFF
 
 Rows = NDArray[np.uint8]  # (num_slots, slot_nbytes): an arena, or rows like it
 Slots = NDArray[np.int64]  # (n,)
@@ -97,6 +112,7 @@ class SlotCodec:
     def __init__(self, fmt: SlotFormat, integrity_key: bytes | None = None) -> None:
         self.fmt = fmt
         self._digest = _digest_function(integrity_key)
+        self._fixed = np.frombuffer(self._footers(1).tobytes(), dtype=_WORD)
 
     def for_format(self, fmt: SlotFormat) -> SlotCodec:
         """The same digests, for slots of another format."""
@@ -111,14 +127,9 @@ class SlotCodec:
             raise ValueError(f"namespace has {len(namespace)} bytes, not {NAMESPACE_NBYTES}")
         trailers = np.empty((len(slots), fmt.trailer_nbytes), dtype=np.uint8)
         trailers[:, : -FOOTER.itemsize] = keys.reshape(len(slots), -1)
-        footers = np.zeros(len(slots), dtype=FOOTER)
-        footers["magic"] = np.void(MAGIC)
-        footers["version"] = FORMAT_VERSION
-        footers["num_keys"] = fmt.blocks_per_chunk
+        footers = self._footers(len(slots))
         footers["namespace"] = np.void(namespace)
-        footers["placement"] = np.void(fmt.placement)
         footers["generation"] = generations
-        footers["payload_nbytes"] = fmt.payload_nbytes
         body = fmt.body_nbytes
         footers["body_digest"] = self._digests([rows[slot, :body].data for slot in slots.tolist()])
         trailers[:, -FOOTER.itemsize :] = footers.view(np.uint8).reshape(len(slots), -1)
@@ -129,30 +140,46 @@ class SlotCodec:
 
     def parse(self, trailers: NDArray[np.uint8]) -> Trailers:
         """Read trailers, shape (n, trailer_nbytes), of any origin; never raises for their content."""
-        fmt, n = self.fmt, len(trailers)
-        trailers = np.ascontiguousarray(trailers)
-        footers = trailers[:, -FOOTER.itemsize :].copy().view(FOOTER).reshape(n)
-        valid = (
-            (footers["magic"] == np.void(MAGIC))
-            & (footers["version"] == FORMAT_VERSION)
-            & (footers["num_keys"] == fmt.blocks_per_chunk)
-            & (footers["placement"] == np.void(fmt.placement))
-            & (footers["payload_nbytes"] == fmt.payload_nbytes)
-        )
-        signed = [trailer[:-DIGEST_NBYTES].data for trailer in trailers[valid]]
-        valid[valid] = self._digests(signed) == footers["trailer_digest"][valid]
-        keys = trailers[:, : -FOOTER.itemsize].reshape(n, fmt.blocks_per_chunk, KEY_NBYTES)
-        return Trailers(valid, keys, footers["namespace"], footers["generation"], footers["body_digest"])
+        return self._parse(trailers)[0]
 
     def verify(self, rows: Rows, slots: Slots, namespace: bytes) -> Trailers:
         """Parse the trailers of ``rows[slots]``; valid where trailer, namespace and body all agree."""
         body = self.fmt.body_nbytes
-        found = self.parse(rows[slots, body:])
-        valid = found.valid
-        valid &= found.namespaces == np.void(namespace)
-        bodies = [rows[slot, :body].data for slot in slots[valid].tolist()]
-        valid[valid] = self._digests(bodies) == found.body_digests[valid]
+        found, footers = self._parse(rows[slots, body:])
+        valid, numbers = found.valid, slots.tolist()
+        for i in valid.nonzero()[0].tolist():
+            at = i * FOOTER.itemsize
+            valid[i] = (
+                footers[at + _NAMESPACE.start : at + _NAMESPACE.stop] == namespace
+                and self._digest(rows[numbers[i], :body].data)
+                == footers[at + _BODY_DIGEST.start : at + _BODY_DIGEST.stop]
+            )
         return found
+
+    def _parse(self, trailers: NDArray[np.uint8]) -> tuple[Trailers, bytes]:
+        """And the bytes of the footers: of a few slots, numpy's comparisons would cost more than their digests."""
+        fmt, n, size = self.fmt, len(trailers), trailers.shape[1]
+        trailers = np.ascontiguousarray(trailers)
+        raw = trailers[:, -FOOTER.itemsize :].tobytes()
+        words = np.frombuffer(raw, dtype=_WORD).reshape(n, len(_FIXED))
+        valid = np.logical_and.reduce((words & _FIXED) == self._fixed, axis=1)
+        memory = trailers.reshape(-1).data
+        for i in valid.nonzero()[0].tolist():
+            signed_end, end = (i + 1) * size - DIGEST_NBYTES, (i + 1) * FOOTER.itemsize
+            valid[i] = self._digest(memory[i * size : signed_end]) == raw[end - DIGEST_NBYTES : end]
+        footers = np.frombuffer(bytearray(raw), dtype=FOOTER)
+        keys = trailers[:, : -FOOTER.itemsize].reshape(n, fmt.blocks_per_chunk, KEY_NBYTES)
+        return Trailers(valid, keys, footers["namespace"], footers["generation"], footers["body_digest"]), raw
+
+    def _footers(self, n: int) -> NDArray[np.void]:
+        """With what is the same in all slots of this format."""
+        footers = np.zeros(n, dtype=FOOTER)
+        footers["magic"] = np.void(MAGIC)
+        footers["version"] = FORMAT_VERSION
+        footers["num_keys"] = self.fmt.blocks_per_chunk
+        footers["placement"] = np.void(self.fmt.placement)
+        footers["payload_nbytes"] = self.fmt.payload_nbytes
+        return footers
 
     def _digests(self, parts: list[memoryview]) -> NDArray[np.void]:
         return np.frombuffer(b"".join(map(self._digest, parts)), dtype=f"V{DIGEST_NBYTES}")

@@ -143,7 +143,7 @@ def test_another_placement_is_no_hit() -> None:
 def test_another_format_version_is_no_hit(codec: SlotCodec, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _, _ = sealed(codec)
     monkeypatch.setattr("kvstore.slot.FORMAT_VERSION", 2)
-    assert is_valid(codec, rows) == [False] * 3
+    assert is_valid(codec.for_format(codec.fmt), rows) == [False] * 3
 
 
 def test_who_lacks_the_key_cannot_sign(fmt: SlotFormat) -> None:
