@@ -225,6 +225,7 @@ class TieredStore:
         adapter_digest: bytes = b"",
         num_tokens: int = 0,
         waited_s: float = 0.0,
+        is_late: bool = False,
     ) -> None:
         """Note in the journal that a request asked for a prompt; nothing where no journal is written.
 
@@ -234,12 +235,14 @@ class TieredStore:
             keys: of all full blocks of the prompt.
             hits: leading blocks by the tier that had them: what `get` has added to ``sources``.
             tenant: its salt; the journal has a digest of it.
+            is_late: its deadline had passed before everything had come.
         """
         if self._planes.journal is not None:
             self._planes.journal.asked(
                 PromptLookup(
                     keys=keys, hits=hits, request_id=request_id, tenant=tenant_digest(tenant),
                     adapter=adapter_digest.hex()[:64], num_tokens=num_tokens, waited_s=waited_s,
+                    is_late=is_late,
                 )
             )  # fmt: skip
 

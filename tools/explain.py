@@ -7,23 +7,23 @@ there no more, from the journal. Without one, what is not stored is only that.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from rich.console import RenderableType
-
-from kvstore.errors import ConfigError, NotStoredError
+from kvstore.errors import ConfigError
 from kvstore.journal_view import JournalView, Move, Request
 from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
-from tools.blocks import Place, places, prompts_by_format, read, same_content
-from tools.choice import Choice, only_request
-from tools.ls import problem_lines, problems_of
-from tools.output import age, lines, progress, table
+from tools.asked import Asked, asked_of, difference, model_of
+from tools.blocks import Place, places, read
+from tools.choice import Choice
+from tools.explanation import Explained, Explanation, Finding
+from tools.ls import problems_of
+from tools.output import age, progress
 from tools.places import find_catalogs
 
 MAX_BLOCKS: Final = 1 << 17
@@ -32,128 +32,6 @@ _WHY: Final = {
     "evicted": "evicted", "purged": "purged", "corrupt": "was damaged", "reset": "before a reset",
     "by_other": "removed by another process",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One block in one tier.
-
-    Attributes:
-        why: "stored"; else "never stored", "evicted", "purged", "corrupt", "reset", "by_other", "identity", "epoch",
-            "tenant", "ended" (the process whose memory it was in), "gone" (who removed it is not in the journal), or
-            "unknown" (no journal, or it does not reach back so far).
-        detail: for people.
-    """
-
-    why: str
-    detail: str
-
-    @property
-    def is_hit(self) -> bool:
-        return self.why == "stored"
-
-
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """One block.
-
-    Attributes:
-        then: the tier that had it when the request asked; "computed", "late" where its deadline had passed; empty
-            where no request was given.
-        is_usable: it and all blocks before it are stored somewhere.
-    """
-
-    index: int
-    key: str
-    tiers: dict[str, Finding]
-    then: str
-    is_usable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """A prompt's blocks, and what was known."""
-
-    model: str
-    block_size: int
-    tiers: list[str]
-    blocks: list[Explained]
-    request: Request | None
-    notes: list[str] = field(default_factory=list)
-    problems: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def num_usable(self) -> int:
-        return sum(block.is_usable for block in self.blocks)
-
-    def to_dict(self) -> dict[str, Any]:
-        request = self.request
-        asked = None
-        if request is not None:
-            asked = {
-                "request": request.request_id, "time_ns": request.t_ns, "tenant": request.tenant,
-                "namespace": request.namespace.hex(), "num_tokens": request.num_tokens, "hits": request.hits,
-                "waited_s": request.waited_s, "is_late": request.is_late,
-            }  # fmt: skip
-        return {
-            "model": self.model, "block_size": self.block_size, "usable_blocks": self.num_usable,
-            "blocks": [asdict(block) for block in self.blocks], "asked": asked, "notes": self.notes,
-            "problems": self.problems,
-        }  # fmt: skip
-
-    def parts(self) -> Iterator[RenderableType]:
-        """For people."""
-        if (request := self.request) is not None:
-            hits = ", ".join(f"{tier} {n}" for tier, n in request.hits.items()) or "nothing"
-            yield from lines(
-                f"request {request.request_id or '(without an id)'}, {age((time.time_ns() - request.t_ns) / 1e9)} ago: "
-                f"{request.num_tokens} tokens; found were, in blocks: {hits}; waited {request.waited_s * 1e3:.0f} ms"
-                + (", past its deadline" if request.is_late else "")
-            )
-        columns = ("blocks", "tokens", "first key", *self.tiers, *(("then",) if self.request else ()), "now")
-        title = f"{self.model}: {self.num_usable} of {len(self.blocks)} blocks would be a hit now"
-        yield table(title, columns, map(self._cells, self._runs()), left=len(columns))
-        yield from lines(*self.notes)
-        yield from problem_lines(self.problems)
-
-    def _runs(self) -> Iterator[list[Explained]]:
-        """Neighbours of which the same is to be said."""
-        run: list[Explained] = []
-        for block in self.blocks:
-            if run and self._said(run[-1]) != self._said(block):
-                yield run
-                run = []
-            run.append(block)
-        if run:
-            yield run
-
-    def _said(self, block: Explained) -> tuple[object, ...]:
-        return (*(f.detail for f in block.tiers.values()), block.then, block.is_usable)
-
-    def _cells(self, run: list[Explained]) -> tuple[object, ...]:
-        first, last = run[0], run[-1]
-        numbers = f"{first.index}" if len(run) == 1 else f"{first.index} to {last.index}"
-        tokens = f"{first.index * self.block_size} to {(last.index + 1) * self.block_size - 1}"
-        is_stored = any(finding.is_hit for finding in first.tiers.values())
-        now = "hit" if first.is_usable else "behind a miss" if is_stored else "miss"
-        then = (first.then,) if self.request else ()
-        return (numbers, tokens, first.key[:12], *(first.tiers[t].detail for t in self.tiers), *then, now)
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What is to be explained: keys of one identity, and the same tokens' keys under others.
-
-    Attributes:
-        namespace: in which it is looked for; None: in that of stores that have not been reset.
-        others: key of the same block for others -> (why, what for people).
-    """
-
-    keys: list[BlockKey]
-    fmt: StoredFormat | None
-    namespace: bytes | None
-    others: list[dict[BlockKey, tuple[str, str]]]
-    request: Request | None = None
 
 
 def explain(
@@ -168,7 +46,7 @@ def explain(
     """Explain a prompt, a request of the journal, or single keys.
 
     Args:
-        model: which identity is asked for, where the path or the journal know several: a part of its model's name.
+        model: which identity is asked for, where the path or the journal know several: its model's name, or a part.
         other_tenants: salts under which the prompt may be stored too.
     Raises:
         ConfigError: a wrong argument, nothing of a tier at the path, or no journal.
@@ -176,41 +54,37 @@ def explain(
     """
     catalogs = find_catalogs(path, integrity_key_file)
     view = JournalView.of(journal) if journal is not None else None
-    if choice.request is not None and view is not None:
-        asked = _of_request(view, choice.request)
-    else:
-        starts = choice.starts()
-        asked = _of_starts(catalogs, view, starts) if starts else _of_prompt(
-            _formats(catalogs, view, model), choice, view, other_tenants
-        )  # fmt: skip
+    asked = asked_of(catalogs, view, choice, model, other_tenants)
     if len(asked.keys) > MAX_BLOCKS:
         raise ConfigError(f"{len(asked.keys)} blocks are too many to explain; at most {MAX_BLOCKS}")
-    return _Explainer(catalogs, view, asked).run()
+    return _Explainer(catalogs, view, asked, other_tenants).run()
 
 
 class _Explainer:
-    def __init__(self, catalogs: Sequence[Catalog], view: JournalView | None, asked: _Asked) -> None:
-        self._catalogs, self._view, self._asked = catalogs, view, asked
+    def __init__(
+        self, catalogs: Sequence[Catalog], view: JournalView | None, asked: Asked, other_tenants: Sequence[str]
+    ) -> None:
+        self._catalogs, self._view, self._asked, self._other_tenants = catalogs, view, asked, other_tenants
         self._now_ns = time.time_ns()
         known = {catalog.tier for catalog in catalogs} | set(view.tiers() if view else ())
         self._tiers: list[str] = [tier for tier in _NAMES if tier in known]
 
     def run(self) -> Explanation:
         asked, found = self._asked, self._stored()
-        blocks, is_usable = [], True
+        blocks, is_usable, is_prompt = list[Explained](), True, asked.first is not None
         with progress("checking", len(asked.keys)) as advance:
-            for i, key in enumerate(asked.keys):
+            for i, (key, then) in enumerate(zip(asked.keys, self._then(), strict=True)):
                 tiers = {tier: self._finding(tier, i, key, found) for tier in self._tiers}
-                is_usable = is_usable and any(finding.is_hit for finding in tiers.values())
-                blocks.append(Explained(i, str(key), tiers, self._then(i), is_usable))
+                is_usable = (is_usable or not is_prompt) and any(finding.is_hit for finding in tiers.values())
+                blocks.append(Explained((asked.first or 0) + i, str(key), tiers, then, is_usable))
                 advance(1)
-        fmt = asked.fmt
         problems = problems_of(self._catalogs)
         if self._view is not None and self._view.problems:
             problems[f"journal: {self._view.path}"] = self._view.problems
         return Explanation(
-            model=str(fmt.content.get("model")) if fmt else "?",
-            block_size=fmt.layout.block_size if fmt else 0,
+            model=asked.model,
+            is_prompt=is_prompt,
+            block_size=asked.formats[0].layout.block_size if asked.formats else 0,
             tiers=self._tiers,
             blocks=blocks,
             request=asked.request,
@@ -230,12 +104,18 @@ class _Explainer:
 
     def _finding(self, tier: str, i: int, key: BlockKey, found: dict[BlockKey, list[Place]]) -> Finding:
         here = [place for place in found[key] if place.catalog.tier == tier]
-        bad = ""
+        bad, sound = "", list[Place]()
         for place in here:
             if self._is_asked(place):
-                bad = read(place).reason
-                if not bad:
-                    return Finding("stored", "stored")
+                reason = read(place).reason
+                if reason:
+                    bad = reason
+                else:
+                    sound.append(place)
+                    if len(self._asked.formats) < 2:
+                        break
+        if sound:
+            return Finding("stored", self._stored_for(sound))
         if bad:
             return Finding("corrupt", f"damaged: {bad}")
         for place in here:
@@ -249,17 +129,24 @@ class _Explainer:
         namespace, fmt = self._asked.namespace, place.fmt
         if namespace is None:
             namespace = fmt.initial_namespace if fmt is not None else b""
-            return place.chunk.space.namespace == namespace and (self._asked.fmt is None or self._is_same(fmt))
+            return place.chunk.space.namespace == namespace and (not self._asked.formats or self._is_same(fmt))
         return place.chunk.space.namespace == namespace
 
     def _is_same(self, fmt: StoredFormat | None) -> bool:
-        return fmt is not None and self._asked.fmt is not None and fmt.content == self._asked.fmt.content
+        return fmt is not None and any(fmt.content == mine.content for mine in self._asked.formats)
+
+    def _stored_for(self, sound: Sequence[Place]) -> str:
+        """Of keys that several identities have, whose."""
+        if len(self._asked.formats) < 2:
+            return "stored"
+        models = (f"{model_of(p.fmt)}@{str(p.fmt.content.get('revision'))[:12]}" for p in sound if p.fmt is not None)
+        return "stored for " + ", ".join(sorted(set(models)))
 
     def _foreign(self, place: Place) -> Finding:
         """The same key in another namespace."""
-        fmt, mine = place.fmt, self._asked.fmt
-        if fmt is not None and mine is not None and not self._is_same(fmt):
-            return Finding("identity", f"stored for {_difference(mine, fmt)}")
+        fmt, mine = place.fmt, self._asked.formats
+        if fmt is not None and mine and not self._is_same(fmt):
+            return Finding("identity", f"stored for {difference(mine[0], fmt)}")
         return Finding("epoch", "stored in another epoch: before a reset, or by a store that was reset")
 
     def _told(self, tier: str, key: BlockKey) -> Finding:
@@ -294,115 +181,35 @@ class _Explainer:
         capacity = next((s["capacity_blocks"] for s in reversed(samples) if s.get("capacity_blocks")), None)
         return ": its tier was full" + (f", with room for {capacity:.0f} blocks" if capacity else "")
 
-    def _then(self, i: int) -> str:
-        request = self._asked.request
-        if request is None:
-            return ""
-        end = 0
-        for tier, n in request.hits.items():
-            end += n
-            if i < end:
-                return tier
-        return "late" if request.is_late else "computed"
+    def _then(self) -> Iterator[str]:
+        """Where the request found each block. Late is only what a tier had then; behind a block that none had, all are
+        computed."""
+        request, first = self._asked.request, self._asked.first or 0
+        ends = [] if request is None else list(accumulate(request.hits.values()))
+        was_there = True
+        for i, key in enumerate(self._asked.keys, start=first):
+            if request is None:
+                yield ""
+            elif (at := bisect_right(ends, i)) < len(ends):
+                yield list(request.hits)[at]
+            else:
+                was_there = was_there and request.is_late and self._was_there(key, request)
+                yield "late" if was_there else "computed"
+
+    def _was_there(self, key: BlockKey, request: Request) -> bool:
+        view = self._view
+        return view is not None and any(view.had(t, key, request.t_ns, request.pid) for t in self._tiers)
 
     def _notes(self, blocks: Iterable[Explained]) -> list[str]:
         notes = []
-        fmt = self._asked.fmt
-        if (request := self._asked.request) is not None and fmt is not None:
-            rest = request.num_tokens - request.num_blocks * fmt.layout.block_size
-            if 0 < rest < fmt.layout.block_size:
+        if (request := self._asked.request) is not None and self._asked.formats:
+            block_size = self._asked.formats[0].layout.block_size
+            rest = request.num_tokens - request.num_blocks * block_size
+            if 0 < rest < block_size:
                 notes.append(f"the last {rest} tokens fill no block, and are always computed")
         if self._view is None:
             notes.append("without --journal it cannot be said why a block is not stored, or what memory held")
-        if any(f.why == "never stored" for b in blocks for f in b.tiers.values()) and request is None:
+        never = any(f.why == "never stored" for b in blocks for f in b.tiers.values())
+        if never and self._asked.first is not None and request is None and not self._other_tenants:
             notes.append("a prompt that another tenant stored has other keys: give its salt with --other-tenant to see")
         return notes
-
-
-def _of_request(view: JournalView, request_id: str) -> _Asked:
-    """The last request of that id."""
-    request = only_request(view, request_id)
-    keys = [BlockKey.of(block_hash) for block_hash in view.path_to(request.last)]
-    if not keys:
-        raise NotStoredError(f"--request: of {request_id!r} no full block is known: its prompt was shorter than one")
-    fmt = next((f for o in reversed(view.opened) if (f := _format(o.content, o.placed)) is not None
-                and f.initial_namespace == request.namespace), None)  # fmt: skip
-    if fmt is None:  # it was asked after a reset
-        fmt = next((f for o in reversed(view.opened) if (f := _format(o.content, o.placed)) is not None), None)
-    return _Asked(keys, fmt, request.namespace, [], request)
-
-
-def _of_starts(catalogs: Sequence[Catalog], view: JournalView | None, starts: Sequence[str]) -> _Asked:
-    """Keys by their starts, from all that is stored or in the journal."""
-    known: dict[str, set[BlockKey]] = {start: set() for start in starts}
-    for start in starts:
-        if len(start.partition(".")[0]) == 64:
-            known[start].add(BlockKey.parse(start))
-    journalled = (BlockKey.of(block_hash) for block_hash in view.hashes) if view is not None else ()
-    for key in (*(place.key for place in places(catalogs)), *journalled):
-        text = str(key)
-        for start in starts:
-            if text.startswith(start):
-                known[start].add(key)
-    for start, keys in known.items():
-        if not keys:
-            raise NotStoredError(f"KEY: nobody knows of a block whose key begins with {start!r}")
-        if len(keys) > 1:
-            raise NotStoredError(f"KEY: {len(keys)} keys begin with {start!r}; give more of it")
-    formats = [fmt for catalog in catalogs for fmt in catalog.formats()]
-    return _Asked([key for keys in known.values() for key in keys], formats[0] if formats else None, None, [])
-
-
-def _of_prompt(
-    formats: Sequence[StoredFormat], choice: Choice, view: JournalView | None, other_tenants: Sequence[str]
-) -> _Asked:
-    """A prompt's keys under the first identity, and under the others and other salts."""
-    asked, *rest = formats
-    keys = choice.of_prompt(asked)
-    if not keys:
-        raise NotStoredError(f"the prompt is shorter than one block of {asked.layout.block_size} tokens")
-    others: list[dict[BlockKey, tuple[str, str]]] = [{} for _ in keys]
-    alike = [fmt for fmt in rest if fmt.layout.block_size == asked.layout.block_size]
-    with suppress(ConfigError):  # of none of these keys can be worked out
-        for at, theirs in prompts_by_format(alike, choice).items():
-            for i, key in enumerate(theirs):
-                others[i].setdefault(key, ("identity", _difference(asked, alike[at])))
-    for salt in dict.fromkeys(("", *other_tenants)):
-        if salt != choice.tenant:
-            said = "another tenant" if salt else "no tenant"
-            for i, key in enumerate(replace(choice, tenant=salt).of_prompt(asked)):
-                others[i].setdefault(key, ("tenant", said))
-    for i, key in enumerate(keys):
-        others[i].pop(key, None)
-    namespace = None
-    if view is not None:  # the newest store of this identity may have been reset
-        mine = [o for o in view.opened if o.content == asked.content]
-        namespace = mine[-1].namespace if mine else None
-    return _Asked(keys, asked, namespace, others)
-
-
-def _formats(catalogs: Sequence[Catalog], view: JournalView | None, model: str) -> list[StoredFormat]:
-    """Every identity that is known, the one asked for first: the newest of the journal, else of the directories."""
-    known = [f for o in reversed(view.opened if view else []) if (f := _format(o.content, o.placed)) is not None]
-    known += [fmt for catalog in catalogs for fmt in catalog.formats()]
-    unique = list({repr(sorted(fmt.content.items())): fmt for fmt in reversed(known)}.values())[::-1]
-    wanted = [fmt for fmt in unique if model.lower() in str(fmt.content.get("model")).lower()]
-    if not wanted:
-        raise ConfigError(f"--model: {model!r} is not known here" if model else "PATH: nothing in it describes its KV")
-    return [*wanted, *(fmt for fmt in unique if fmt not in wanted)]
-
-
-def _format(content: dict[str, Any], placed: dict[str, Any]) -> StoredFormat | None:
-    try:
-        return StoredFormat.of(content, placed)
-    except ValueError:
-        return None
-
-
-def _difference(mine: StoredFormat, other: StoredFormat) -> str:
-    """Which fields differ, for people."""
-    differs = same_content([mine, other])
-    if not differs:
-        return "the same identity, cut or laid out otherwise"
-    texts = [f"{name} {theirs!r}, not {ours!r}" for name, (ours, theirs) in differs.items()]
-    return "another identity: " + "; ".join(texts)

@@ -179,6 +179,83 @@ def test_a_key(config: StoreConfig, tmp_path: Path) -> None:
     assert why(tmp_path, "--key", str(small_keys()[5]))["disk"] == ["stored"]
 
 
+def test_a_key_is_explained_by_the_identities_that_have_it(config: StoreConfig, tmp_path: Path) -> None:
+    """Not by whichever is described first."""
+    names = ("model-A", "model-B")
+    for name in names:
+        put(dataclasses.replace(config, identity=dataclasses.replace(IDENTITY, model=name), disk=None))
+    for name in names:
+        key = small_keys(dataclasses.replace(IDENTITY, model=name))[0]
+        found = kvstore_json("explain", tmp_path / "kv", "--key", key)
+        assert (found["model"], found["blocks"][0]["tiers"]["shared"]["why"]) == (name, "stored")
+        assert found["usable_blocks"] == 1
+        other = next(n for n in names if n != name)
+        found = kvstore_json("explain", tmp_path / "kv", "--key", key, "--model", other)
+        assert (found["model"], found["blocks"][0]["tiers"]["shared"]["why"]) == (other, "identity")
+        assert f"model '{name}', not '{other}'" in found["blocks"][0]["tiers"]["shared"]["detail"]
+
+
+def test_a_key_of_several_models(config: StoreConfig, tmp_path: Path) -> None:
+    """As vLLM makes them of one tokenizer: all are told, or the one that is asked for."""
+    for name in ("model-A", "model-B"):
+        other = dataclasses.replace(config, identity=dataclasses.replace(IDENTITY, model=name), disk=None, journal=None)
+        with TieredStore(other) as store:
+            assert store.put(small_keys(), small_blocks()) == NUM_BLOCKS
+            assert store.flush()
+    found = kvstore_json("explain", tmp_path / "kv", "--key", small_keys()[3])
+    assert set(found["model"].split(", ")) == {"model-A", "model-B"}
+    (detail,) = (block["tiers"]["shared"]["detail"] for block in found["blocks"])
+    assert detail == f"stored for model-A@{'r' * 12}, model-B@{'r' * 12}"
+    found = kvstore_json("explain", tmp_path / "kv", "--key", small_keys()[3], "--model", "model-b")
+    assert found["model"] == "model-B"
+    assert found["blocks"][0]["tiers"]["shared"] == {"why": "stored", "detail": "stored"}
+
+
+def test_keys_are_no_prompt(config: StoreConfig, tmp_path: Path) -> None:
+    """One is of use whatever becomes of another."""
+    put(config, lambda store: store.purge(small_keys()[:2]))
+    options = [part for i in (0, 5) for part in ("--key", small_keys()[i])]
+    found = kvstore_json("explain", tmp_path / "kv", *options)
+    assert [block["is_usable"] for block in found["blocks"]] == [False, True]
+    _, out, _ = kvstore("explain", tmp_path / "kv", *options)
+    assert "behind a miss" not in out and "tokens" not in out
+
+
+def test_late_is_only_what_a_tier_had(config: StoreConfig, tmp_path: Path) -> None:
+    keys = small_keys()
+    with TieredStore(config) as store:
+        assert store.put(keys[:6], small_blocks()[:6]) == 6
+        assert store.flush()
+        store.take_events()
+        time.sleep(0.01)
+        store.asked(keys, {"host": 2}, request_id="late", num_tokens=48, waited_s=0.25, is_late=True)
+        store.asked(keys, {"host": 2}, request_id="in time", num_tokens=48)
+        assert store.put(keys, small_blocks()) == NUM_BLOCKS  # what was computed then: it was not there before
+        assert store.flush()
+    at = ("--journal", tmp_path / "journal")
+    found = kvstore_json("explain", tmp_path / "kv", "--request", "late", *at)
+    assert [block["then"] for block in found["blocks"]] == ["host"] * 2 + ["late"] * 4 + ["computed"] * 6
+    found = kvstore_json("explain", tmp_path / "kv", "--request", "in time", *at)
+    assert [block["then"] for block in found["blocks"]] == ["host"] * 2 + ["computed"] * 10
+
+
+def test_a_salt_is_asked_for_once(config: StoreConfig, tmp_path: Path) -> None:
+    put(config, lambda store: store.asked(small_keys(), {}, request_id="r1", num_tokens=49))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([*range(16), *range(900, 932)]))
+    asked = ("explain", tmp_path / "kv", "--tokens", other, "--journal", tmp_path / "journal")
+    assert any("--other-tenant" in note for note in kvstore_json(*asked)["notes"])
+    assert not any("--other-tenant" in note for note in kvstore_json(*asked, "--other-tenant", "alice")["notes"])
+
+
+def test_a_request_of_another_model(config: StoreConfig, tmp_path: Path) -> None:
+    put(config, lambda store: store.asked(small_keys(), {}, request_id="r1", num_tokens=49))
+    asked = ("explain", tmp_path / "kv", "--request", "r1", "--journal", tmp_path / "journal", "--model")
+    assert kvstore(*asked, "test")[0] == 0
+    code, _, err = kvstore(*asked, "gpt")
+    assert (code, "no model 'gpt' here" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -186,9 +263,9 @@ def test_a_key(config: StoreConfig, tmp_path: Path) -> None:
         (["--request", "x"], "give --journal too"),
         (["--request", "nobody", "--journal", "journal"], "is not in the journal"),
         (["--request", "", "--journal", "journal"], "2 requests begin with"),
-        (["--key", "abcdef", "--journal", "journal"], "nobody knows of a block"),
+        (["--key", "abcdef", "--journal", "journal"], "is stored here, or in the journal"),
         (["--tokens", "prompt.json", "--journal", "kv"], "holds no journal"),
-        (["--tokens", "prompt.json", "--model", "gpt"], "'gpt' is not known here"),
+        (["--tokens", "prompt.json", "--model", "gpt"], "no model 'gpt' here; there are: test-model"),
     ],
 )
 def test_what_is_wrong_is_said(
