@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -9,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from kvstore.errors import ConfigError, NotStoredError
-from kvstore.prefix_file import PrefixFile
-from tools.blocks import find, read_any
 from tools.choice import Choice
 from tools.figures import new_figure
+from tools.held import held
 from tools.output import printable, progress
 from tools.places import find_catalogs
 
@@ -42,9 +42,19 @@ def norms(path: Path, choice: Choice | None, integrity_key_file: str | None) -> 
     """Read blocks of a store, in the order of the choice, or all of a file.
 
     Raises:
-        ConfigError, NotStoredError: see `tools.blocks`; a block is damaged, or K and V cannot be told apart.
+        ConfigError, NotStoredError: see `tools.held`; a block is damaged, or K and V cannot be told apart.
     """
-    blocks, title = _blocks(path, choice, integrity_key_file)
+    if choice is None and not path.is_file():
+        find_catalogs(path, integrity_key_file)  # what is wrong with the path is said first
+        raise ConfigError("give one of --key, --keys, --tokens, --text and --request, or a dumped file as PATH")
+    with held(path, choice, integrity_key_file) as blocks:
+        if not blocks:
+            raise NotStoredError(f"{path} holds no block")
+        where = path.name if path.is_file() else f"from block {str(blocks[0].key)[:12]}"
+        return _norms(f"{blocks[0].model}, {where}", [block.read for block in blocks])
+
+
+def _norms(title: str, blocks: Sequence[Callable[[], torch.Tensor | None]]) -> Norms:
     squares_of_heads: torch.Tensor | None = None
     of_tokens: list[torch.Tensor] = []
     with progress("reading", len(blocks)) as advance:
@@ -64,24 +74,6 @@ def norms(path: Path, choice: Choice | None, integrity_key_file: str | None) -> 
     assert squares_of_heads is not None
     tokens = torch.cat(of_tokens, dim=-1)
     return Norms(title, len(blocks), (squares_of_heads / tokens.shape[-1]).sqrt(), tokens)
-
-
-def _blocks(path: Path, choice: Choice | None, key_file: str | None) -> tuple[list[Any], str]:
-    if path.is_file():
-        file = PrefixFile(path)
-        if file.header.is_raw:
-            raise ConfigError(f"{path}: what K and V are in it cannot be told")
-        return [
-            lambda i=i: file.block(i) for i in range(len(file.keys))
-        ], f"{path.name}: {file.header.content['model']}"
-    if choice is None:
-        raise ConfigError("give one of --key, --keys, --tokens and --text, or a file of kvstore dump as PATH")
-    found = find(find_catalogs(path, key_file), choice)
-    fmt = found[0][0].fmt
-    model = "?" if fmt is None else str(fmt.content.get("model"))
-    return [
-        lambda there=there: read_any(there).kv for there in found
-    ], f"{model}, from block {str(found[0][0].key)[:12]}"
 
 
 def draw(found: Norms) -> Figure:

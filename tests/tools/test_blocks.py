@@ -201,6 +201,26 @@ def test_plot(kv: Path, prompt: Path, tmp_path: Path) -> None:
     assert torch.allclose(torch.tensor(said["norm_by_head"]), norms, rtol=1e-3)
 
 
+def test_plot_says_what_is_wrong(kv: Path, prompt: Path, tmp_path: Path) -> None:
+    """Of the path before of what is not given; keys and prompts are looked for in a file too."""
+    out, file = ("--out", tmp_path / "out.png"), tmp_path / "file"
+    kvstore_json("dump", kv / "disk", "--tokens", prompt, "--out", file)
+    (tmp_path / "empty").write_bytes(packed(PrefixHeader.of(IDENTITY, 0)))
+    other = tmp_path / "other.json"
+    other.write_text("[1, 2, 3, 4]")
+    for arguments, said in (
+        ((tmp_path / "nope",), "is no directory"),
+        ((kv / "disk",), "give one of --key"),
+        ((file, "--key", "ffffffff"), "no block whose key begins with 'ffffffff' is in this file"),
+        ((file, "--tokens", other), "nothing of this prompt"),
+        ((tmp_path / "empty",), "holds no block"),
+    ):
+        code, _, err = kvstore("plot", *arguments, *out)
+        assert (code, said in err) == (2, True), err
+    assert not (tmp_path / "out.png").exists()
+    assert kvstore_json("plot", file, "--key", small_keys()[3], *out)["blocks"] == 1
+
+
 # -- files that anybody may have written
 
 
