@@ -1,9 +1,12 @@
 """Lets peers take what is in a local lookup buffer, and insert: the end that is asked.
 
-service      what a peer may ask, and what it is answered
-selections   what peers have taken, and not released yet
-tickets      room that peers have, and not filled yet
-lanes        pipes to peers, with a thread each
+    held         what peers hold, by number
+    selections   what they have taken, and not released yet
+    tickets      room that they have, and not filled yet
+    lanes        pipes to them, with a thread each
+    service      what they may ask, and what they are answered
+
+All of it comes back, whenever a peer dies.
 """
 
 from connectors.lookup_service.service import LookupService

@@ -158,7 +158,7 @@ class LookupService:
 
     def _fetch(self, peer: str, request: Fetch) -> Answer:
         end = request.first + request.num_blocks
-        taken = self._selections.find(peer, request.selection, end)
+        taken = self._selections.find_blocks(peer, request.selection, end)
         if taken is None:
             raise ControlRefusedError("no such blocks are selected")
         number, first = request.selection, request.first
@@ -170,7 +170,7 @@ class LookupService:
         deadline = time.monotonic() + self._transfer_s
         try:
             with taken.use() as is_mine:
-                slots = self._selections.sealed(number, first, end, deadline) if is_mine else None
+                slots = self._selections.sealed(taken, first, end, deadline) if is_mine else None
                 if slots is None:
                     raise ControlRefusedError("the selection has run out")
                 pipe.send_slots(slots, max(0.0, deadline - time.monotonic()))
@@ -190,7 +190,7 @@ class LookupService:
         return self._waiters.submit(self._tickets.reserve, peer, keys, request, timeout_s)
 
     def _insert(self, peer: str, request: Insert) -> Future[Answer]:
-        if not self._tickets.is_of(peer, request.ticket):
+        if self._tickets.find(peer, request.ticket) is None:
             raise ControlRefusedError("no such ticket")
 
         def fill(pipe: Pipe) -> Answer:

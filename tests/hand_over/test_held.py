@@ -70,8 +70,7 @@ def test_what_is_being_sent_stays_though_its_selection_ends(served: Served, remo
     keys, others = make_keys(20), make_keys(NUM_BLOCKS, seed=1)
     assert served.buffer.insert(keys, blocks_of(keys), timeout_s=0)
     answer = selected(remote, keys)
-    taken = served.service._selections.find(*_whose(served, answer.selection), 20)
-    assert taken is not None
+    taken = served.service._selections._open[answer.selection]
     with taken.use() as is_mine:
         assert is_mine
         served.service._selections.end(taken.peer, answer.selection)
@@ -79,11 +78,6 @@ def test_what_is_being_sent_stays_though_its_selection_ends(served: Served, remo
     assert served.buffer.insert(others, blocks_of(others), timeout_s=0)
     with taken.use() as is_mine:
         assert not is_mine
-
-
-def _whose(served: Served, number: int) -> tuple[str, int]:
-    taken, _ = served.service._selections._taken[number]
-    return taken.peer, number
 
 
 def test_a_transfer_whose_answer_was_late_is_not_taken_for_the_next(
@@ -191,7 +185,7 @@ def test_an_insert_that_nobody_waits_for_any_more(served: Served, remote: Remote
 
 
 def test_tickets_are_bounded(served: Served, remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("connectors.lookup_service.tickets.MOST_OPEN", 3)
+    monkeypatch.setattr("connectors.lookup_service.held.MOST_OPEN", 3)
     for i in range(3):
         assert reserved(remote, make_keys(1, seed=i)).ticket
     with pytest.raises(ControlRefusedError, match="tickets are open"):
