@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from tools.options import (
+    Force,
     Journal,
     Json,
     KeyFile,
@@ -36,7 +37,7 @@ def dump(
     tenant: Tenant = "",
     request: Request = None,
     journal: Journal = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: Force = False,
     json: Json = False,
     integrity_key_file: KeyFile = None,
 ) -> None:
@@ -146,6 +147,7 @@ def plot(
     tenant: Tenant = "",
     request: Request = None,
     journal: Journal = None,
+    force: Force = False,
     json: Json = False,
     integrity_key_file: KeyFile = None,
 ) -> None:
@@ -159,14 +161,16 @@ def plot(
     """
     from kvstore.journal import is_journal
     from tools.figures import save
+    from tools.new_file import check_free
     from tools.output import lines, show
 
+    check_free(out, force=force)
     if is_journal(path):
         from kvstore.journal_view import JournalView
         from tools.timeline import draw as draw_timeline
 
         view = JournalView.of(path)
-        save(draw_timeline(view), "--out", out)
+        save(draw_timeline(view), "--out", out, force=force)
         show({"file": str(out), "requests": len(view.requests), "samples": len(view.samples)},
              lines(f"{len(view.requests)} requests are drawn in {out}"), as_json=json)  # fmt: skip
         return
@@ -175,7 +179,7 @@ def plot(
     is_chosen = bool(key or keys or tokens or text is not None or request is not None)
     choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal) if is_chosen else None
     found = norms(path, choice, integrity_key_file)
-    save(draw(found), "--out", out)
+    save(draw(found), "--out", out, force=force)
     data = {"file": str(out), "blocks": found.num_blocks, "tokens": found.of_tokens.shape[-1],
             "norm_by_head": found.of_heads.tolist()}  # fmt: skip
     show(data, lines(f"{found.num_blocks} blocks are drawn in {out}"), as_json=json)

@@ -6,7 +6,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvstore.errors import ConfigError, MissingExtraError
+from kvstore.errors import MissingExtraError
+from tools.new_file import check_free, new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,10 +34,9 @@ def png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
-def save(figure: Figure, option: str, out: Path) -> None:
-    """Write a PNG; raises ConfigError, which names the option, where the file cannot be written."""
+def save(figure: Figure, option: str, out: Path, *, force: bool) -> None:
+    """Write a PNG; raises ConfigError, which names the option, where the file is there, or cannot be written."""
     data = png(figure)
-    try:
-        out.write_bytes(data)
-    except OSError as e:
-        raise ConfigError(f"{option}: {str(out)!r} cannot be written ({e.strerror})") from e
+    check_free(out, option, force=force)
+    with new_file(out, option) as file:
+        file.write(data)

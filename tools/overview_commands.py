@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tools.options import Journal, Json, KeyFile, StoredPath
+from tools.options import Force, Journal, Json, KeyFile, StoredPath
 
 
 def stat(path: StoredPath, journal: Journal = None, json: Json = False) -> None:
@@ -57,6 +57,7 @@ def report(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan from this, and not from the journal.")
     ] = None,
+    force: Force = False,
     json: Json = False,
     integrity_key_file: KeyFile = None,
 ) -> None:
@@ -67,9 +68,11 @@ def report(
     \b
     Example: kvstore report /var/cache/kv --journal /var/lib/kv-journal --out report.html
     """
+    from tools.new_file import check_free
     from tools.output import lines, show, size
     from tools.report.report import make, summary, write
 
+    check_free(out, force=force)
     made = make(path, journal, trace, integrity_key_file)
-    nbytes = write(made, out)
+    nbytes = write(made, out, force=force)
     show(summary(made, nbytes, out), lines(f"{out}: {len(made.sections)} sections, {size(nbytes)}"), as_json=json)

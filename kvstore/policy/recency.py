@@ -6,6 +6,7 @@ What the policies are made of. Knows no keys: a tag is a number that its owner g
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -125,8 +126,9 @@ class Ghosts:
         for tag in tags:
             self._tags.pop(tag, None)
             self._tags[tag] = None
-        while len(self._tags) > self.capacity:
-            del self._tags[next(iter(self._tags))]
+        oldest = list(islice(self._tags, max(0, len(self._tags) - self.capacity)))  # a dict is slow to find its first
+        for tag in oldest:
+            del self._tags[tag]
 
     def take(self, tag: int) -> bool:
         """Forget a tag; whether it was remembered."""

@@ -61,6 +61,11 @@ def num_disk_slots(config: DiskTierConfig, fmt: SlotFormat) -> int:
     return num_slots
 
 
+def capacity_for(num_chunks: int, fmt: SlotFormat) -> int:
+    """The smallest ``capacity_nbytes`` with room for so many, or little more."""
+    return num_chunks * (fmt.slot_nbytes + NBYTES_PER_KEY * fmt.blocks_per_chunk) + _OVERHEAD_NBYTES + FIXED_NBYTES
+
+
 class DiskTier(LowerTier):
     """See `LowerTier`. Files: `disk_dir`."""
 

@@ -14,13 +14,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore import BlockKey, HostTierConfig, TieredStore
+from kvstore import BlockKey, HostTierConfig, KVIdentity, StoreConfig, TieredStore
 from kvstore.errors import ConfigError
-from tests.small import LAYOUT, small_config
+from kvstore.slot import SlotFormat
+from kvstore.tiers.disk import num_disk_slots
+from tests.journals import serve
+from tests.small import IDENTITY, LAYOUT, small_config
 from tests.tools.test_cli import kvstore, kvstore_json
-from tools.plan.plan import BEST, Question, plan_of
-from tools.plan.simulate import hits_at_best, hits_by_policy, hits_by_stack_distance
-from tools.plan.trace import Trace, read_trace
+from tools.plan.plan import Question, plan_of
+from tools.plan.rates import BEST, HitRates
+from tools.plan.simulate import hits_at_best, hits_by_policy
+from tools.plan.trace import Trace, read_source, read_trace
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def trace_of(requests: Iterable[list[int]]) -> Trace:
@@ -47,6 +53,11 @@ def conversations(num_requests: int, seed: int = 0) -> list[list[int]]:
         following += n
         requests.append(users[user])
     return requests
+
+
+def hits_by_stack_distance(trace: Trace, capacities: Iterable[int]) -> list[int]:
+    rates = HitRates(trace)
+    return [round(rates.at("lru", n) * len(trace.ids)) for n in capacities]
 
 
 def naive_lru(trace: Trace, capacity: int) -> int:
@@ -134,8 +145,8 @@ def test_a_sample_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trace_of(conversations(6000))
     question = Question(capacities=(100, 400, 1000), policies=("lru", "arc"))
     exact = plan_of(whole, question)
-    monkeypatch.setattr("tools.plan.plan.MOST_ACCESSES", 1000)
-    monkeypatch.setattr("tools.plan.plan.SAMPLE_ACCESSES", len(whole.ids) // 5)
+    monkeypatch.setattr("tools.plan.rates.MOST_ACCESSES", len(whole.ids) // 4)
+    monkeypatch.setattr("tools.plan.rates.RUN_ACCESSES", len(whole.ids) // 5)
     sample = plan_of(whole, question)
     assert sample.sampled < 0.25 and sample.distinct_blocks == exact.distinct_blocks
     for name in ("lru", "arc", BEST):
@@ -159,6 +170,53 @@ def test_target_and_budgets(tmp_path: Path) -> None:
     assert found["hit_rates"][BEST] == sorted(found["hit_rates"][BEST])
     out = kvstore("plan", path, "--target-hit-rate", 0.999)[1]
     assert "cannot be reached" in out
+
+
+def test_the_setting_is_what_a_store_and_vllm_take(tmp_path: Path) -> None:
+    path = write(tmp_path / "trace", conversations(800))
+    found = kvstore_json("plan", path, "--target-hit-rate", 0.5, "--block-bytes", "1KiB", "--host-budget", "64KiB")
+    setting, least = found["setting"], min(found["advice"], key=lambda advice: advice["num_blocks"])
+    assert (setting["eviction_policy"], setting["disk_blocks"]) == (least["policy"], least["num_blocks"])
+    assert setting["num_cpu_blocks"] == 64 and setting["hit_rate"] >= 0.5 > setting["host_hit_rate"]
+    out = kvstore("plan", path, "--target-hit-rate", 0.5, "--block-bytes", "1KiB", "--host-budget", "64KiB")[1]
+    for_vllm, for_store = (line.partition(": ")[2] for line in out.splitlines()[-2:])
+    taken, known = json.loads(for_vllm), (ROOT / "connectors/vllm/settings.py").read_text()
+    assert all(f"\n    {name}: " in known for name in taken)
+    assert (taken["num_cpu_blocks"], taken["eviction_policy"]) == (64, least["policy"])
+    variables = dict(part.split("=") for part in for_store.split())
+    identity = {f"KVSTORE_{k}": v for k, v in from_identity(IDENTITY)}
+    config = StoreConfig.from_env({**variables, **identity, "KVSTORE_DISK_PATH": "/d"})
+    assert config.disk is not None and config.host.num_blocks == 64
+    assert config.disk.capacity_nbytes == setting["disk_capacity_bytes"] == taken["disk_capacity_bytes"]
+    fmt = SlotFormat(1024, 1, bytes(16))
+    assert num_disk_slots(config.disk, fmt) >= least["num_blocks"]
+
+
+def from_identity(identity: KVIdentity) -> Iterable[tuple[str, str]]:
+    yield from (("IDENTITY_MODEL", identity.model), ("IDENTITY_REVISION", identity.revision))
+    for name in ("num_layers", "num_kv_heads", "head_size", "block_size"):
+        yield f"IDENTITY_LAYOUT_{name.upper()}", str(getattr(identity.layout, name))
+    yield "IDENTITY_LAYOUT_DTYPE", identity.layout.stored_dtype.name
+
+
+def test_a_setting_says_what_it_gains_over_the_present_one(tmp_path: Path) -> None:
+    serve(tmp_path / "kv", tmp_path / "journal")
+    found = kvstore_json("plan", tmp_path / "journal", "--target-hit-rate", 0.7)
+    present, setting = found["setting"]["present"], found["setting"]
+    assert present["host_blocks"] == 48 and present["disk_blocks"] > 1000 and 0 < present["measured"] < 1
+    trace, _ = read_source(tmp_path / "journal")
+    assert setting["now_hit_rate"] == pytest.approx(HitRates(trace).at("lru", present["disk_blocks"]))
+    assert setting["num_cpu_blocks"] * 2 == setting["host_blocks"]  # chunks of two blocks
+    out = kvstore("plan", tmp_path / "journal")[1]
+    assert "points over the present sizes (blocks: host 48, disk" in out and "90% of what can be hits" in out
+
+
+def test_lru_reaches_its_target_with_not_a_block_less(tmp_path: Path) -> None:
+    trace = trace_of(conversations(800))
+    for target in (0.2, 0.4, 0.6):
+        n = HitRates(trace).least("lru", target, lambda _: None)
+        assert n is not None
+        assert hits_by_policy(trace, "lru", n) >= target * len(trace.ids) > hits_by_policy(trace, "lru", n - 1)
 
 
 def test_chart(tmp_path: Path) -> None:

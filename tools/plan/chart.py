@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tools.figures import new_figure
 from tools.output import size
-from tools.plan.plan import BEST, Plan
+from tools.plan.plan import Plan
+from tools.plan.rates import BEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

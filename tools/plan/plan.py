@@ -1,23 +1,21 @@
-"""What a trace says of capacities: a table of hit rates, and what to configure for a target or a budget."""
+"""What a trace says of capacities: a table of hit rates, what to configure for a target or a budget, and a setting."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-import numpy as np
 from rich.console import RenderableType
+from rich.text import Text
 
 from kvstore.errors import ConfigError
-from tools.output import lines, progress, size, table
-from tools.plan.simulate import hits_at_best, hits_by_policy, hits_by_stack_distance
-from tools.plan.trace import Trace, read_trace
+from kvstore.journal_view import JournalView
+from tools.output import lines, printable, progress, size, table
+from tools.plan.rates import BEST, LRU, HitRates, spaced
+from tools.plan.setting import NEARLY, Present, Setting, Wish, choose, present_of
+from tools.plan.trace import Trace, format_of
 
-BEST: Final = "best possible"
-MOST_ACCESSES: Final = 300_000  # of more
-SAMPLE_ACCESSES: Final = 30_000  # so many are simulated: each may be a request of its own
 _POINTS: Final = 8
 _MOST_CAPACITIES: Final = 64
 
@@ -28,17 +26,23 @@ class Question:
 
     Attributes:
         block_nbytes: of one block; None: budgets are in blocks only.
+        blocks_per_chunk: of the store; a disk holds whole chunks.
         capacities: in blocks; none: eight, spaced evenly on a log scale.
         target: hit rate that is wished for.
         host_blocks, disk_blocks: budgets.
+        present: what is configured now, where a journal says so.
+        exact: simulate all blocks, however long it takes.
     """
 
     policies: tuple[str, ...] = ("lru", "arc", "s3fifo")
     capacities: tuple[int, ...] = ()
     block_nbytes: int | None = None
+    blocks_per_chunk: int = 1
     target: float | None = None
     host_blocks: int | None = None
     disk_blocks: int | None = None
+    present: Present | None = None
+    exact: bool = False
 
 
 @dataclass(slots=True)
@@ -56,7 +60,8 @@ class Plan:
     """Attributes:
     hit_rates: policy, or `BEST` -> by capacity: prefix hits as a share of all blocks that were asked for.
     most: what an unbounded store would hit; the rest are blocks that come for the first time.
-    sampled: share of blocks that was simulated.
+    sampled, sampled_lru: share of blocks that policies were run with; that LRU and the best possible are of.
+    setting: what to configure; None where the target cannot be reached.
     budgets: tier -> policy -> hit rate at its budget.
     """
 
@@ -64,6 +69,7 @@ class Plan:
     blocks_asked: int
     distinct_blocks: int
     sampled: float
+    sampled_lru: float
     most: float
     capacities: list[int]
     block_nbytes: int | None
@@ -72,24 +78,33 @@ class Plan:
     advice: list[Advice] = field(default_factory=list)
     budgets: dict[str, dict[str, float]] = field(default_factory=dict)
     budget_blocks: dict[str, int] = field(default_factory=dict)
+    setting: Setting | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def parts(self) -> Iterator[RenderableType]:
         """For people."""
-        sampled = "" if self.sampled == 1.0 else f"; {self.sampled:.1%} of the blocks are simulated"
         yield from lines(
             f"{self.requests:,} requests ask for {self.blocks_asked:,} blocks, {self.distinct_blocks:,} distinct ones; "
-            f"at most {self.most:.1%} can be hits{sampled}"
+            f"at most {self.most:.1%} can be hits"
         )
         yield table("hit rate by capacity of a tier", self.columns(), self.rows(), left=0)
-        for advice in self.advice:
-            yield from lines(self._said(advice))
+        yield from (Text(printable(text), no_wrap=True, overflow="ignore") for text in self.notes())  # to be copied
+
+    def notes(self) -> Iterator[str]:
+        """What is to be said below the table."""
+        yield from self._samples()
+        yield from map(self._said, self.advice)
         for tier, rates in self.budgets.items():
-            option = "num_cpu_blocks" if tier == "host" else "disk blocks"
             found = ", ".join(f"{policy} {rate:.1%}" for policy, rate in rates.items())
-            yield from lines(f"{tier} budget, {option} {self.budget_blocks[tier]:,}: {found}")
+            yield f"{tier} budget, {self.budget_blocks[tier]:,} blocks: {found}"
+        yield from self.setting.said() if self.setting is not None else ()
+
+    def _samples(self) -> Iterator[str]:
+        if self.sampled < 1.0:
+            rest = ", LRU's and the best possible of all" if self.sampled_lru == 1.0 else ""
+            yield f"rates are of a sample, {self.sampled:.1%} of the blocks{rest}; --exact takes all"
 
     def columns(self) -> tuple[str, ...]:
         return ("blocks", "bytes", *self.hit_rates)
@@ -111,82 +126,78 @@ class Plan:
         )
 
 
-def plan(path: Path, question: Question) -> Plan:
-    """Simulate a trace.
-
-    Raises:
-        ConfigError: the trace is none, a capacity or a target is not allowed, or there is no such policy.
-    """
-    whole = read_trace(path)
-    return plan_of(whole, question)
+def of_journal(question: Question, view: JournalView) -> Question:
+    """With what the journal says of blocks, and of what is configured now."""
+    fmt, nbytes, per_chunk = format_of(view), question.block_nbytes, 1
+    if fmt is not None:
+        nbytes, per_chunk = nbytes or fmt.layout.block_nbytes, fmt.slot.blocks_per_chunk
+    return replace(question, block_nbytes=nbytes, blocks_per_chunk=per_chunk, present=present_of(view))
 
 
 def plan_of(whole: Trace, question: Question) -> Plan:
-    """As `plan`, of a trace that was read."""
+    """Work it all out.
+
+    Raises:
+        ConfigError: a capacity or a target is not allowed, or there is no such policy.
+    """
     _check(question)
-    is_small = len(whole.ids) <= MOST_ACCESSES
-    trace, distinct = whole if is_small else whole.sampled(SAMPLE_ACCESSES), len(np.unique(whole.ids))
+    rates = HitRates(whole, exact=question.exact)
     budgets = {tier: n for tier, n in (("host", question.host_blocks), ("disk", question.disk_blocks)) if n is not None}
-    capacities = sorted(set(question.capacities or _spaced(distinct)))
-    every = sorted({*capacities, *budgets.values()})
-    rates: dict[str, dict[int, float]] = {}
-    with progress("simulating", len(every) * (len(question.policies) + 1)) as advance:
-        for name in (*question.policies, BEST):
-            rates[name] = {}
+    capacities = sorted(set(question.capacities or spaced(rates.distinct, _POINTS)))
+    names, every = (*question.policies, BEST), sorted({*capacities, *budgets.values()})
+    with progress("simulating", len(every) * len(names)) as advance:
+        for name in names:
             for n in every:
-                scaled = max(1, round(n * trace.rate))
-                hits = hits_at_best(trace, scaled) if name == BEST else hits_by_policy(trace, name, scaled)
-                rates[name][n] = _rate(hits, trace, whole)
+                rates.at(name, n)
                 advance(1)
-    most = _rate(hits_by_stack_distance(trace, [len(trace.ids) + 1])[0], trace, whole)
+    runs = [name for name in question.policies if name != LRU]
     made = Plan(
         requests=whole.num_requests,
         blocks_asked=len(whole.ids),
-        distinct_blocks=distinct,
-        sampled=trace.rate,
-        most=most,
+        distinct_blocks=rates.distinct,
+        sampled=min(map(rates.sampled, runs or (LRU,))),
+        sampled_lru=rates.sampled(LRU),
+        most=rates.most,
         capacities=capacities,
         block_nbytes=question.block_nbytes,
-        hit_rates={name: [of[n] for n in capacities] for name, of in rates.items()},
+        hit_rates={name: [rates.at(name, n) for n in capacities] for name in names},
         target=question.target,
-        budgets={tier: {name: of[n] for name, of in rates.items()} for tier, n in budgets.items()},
+        budgets={tier: {name: rates.at(name, n) for name in names} for tier, n in budgets.items()},
         budget_blocks=budgets,
     )
     if question.target is not None:
-        made.advice = [_advise(trace, whole, question, policy, distinct) for policy in question.policies]
+        made.advice = [_advise(rates, question, policy) for policy in question.policies]
+    made.setting = choose(rates, _wish(made, question))
     return made
 
 
-def _advise(trace: Trace, whole: Trace, question: Question, policy: str, distinct: int) -> Advice:
-    """The smallest capacity, to 1 %, at which a policy reaches the target, simulated at each step."""
+def _advise(rates: HitRates, question: Question, policy: str) -> Advice:
+    """The smallest capacity at which a policy reaches the target."""
     assert question.target is not None
-
-    def rate_at(n: int) -> float:
-        return _rate(hits_by_policy(trace, policy, max(1, round(n * trace.rate))), trace, whole)
-
-    low, high = 0, distinct + 1
-    best = rate_at(high)
-    if best < question.target:
+    with progress(f"looking for {question.target:.1%} with {policy}", None) as advance:
+        n = rates.least(policy, question.target, advance)
+    if n is None:
         return Advice(policy, None, None, None)
-    while high - low > max(1, high // 100):
-        middle = (low + high) // 2
-        found = rate_at(middle)
-        if found >= question.target:
-            high, best = middle, found
-        else:
-            low = middle
-    return Advice(policy, high, None if question.block_nbytes is None else high * question.block_nbytes, best)
+    nbytes = None if question.block_nbytes is None else n * question.block_nbytes
+    return Advice(policy, n, nbytes, rates.at(policy, n))
 
 
-def _rate(hits: int, trace: Trace, whole: Trace) -> float:
-    """Of the whole trace, where a sample was simulated."""
-    rest = len(whole.ids) - trace.hot_accesses
-    return float((hits / max(1, len(trace.ids)) * rest + trace.hot_hits) / len(whole.ids))
-
-
-def _spaced(distinct: int) -> list[int]:
-    smallest = max(1, distinct // 1000)
-    return [int(n) for n in np.geomspace(smallest, max(distinct, smallest + 1), _POINTS).round()]
+def _wish(made: Plan, question: Question) -> Wish:
+    """What is to be reached: the target, by the policy that needs least for it; without one, most of what can be, by
+    the smallest capacity of the table."""
+    least = {advice.policy: advice.num_blocks for advice in made.advice if advice.num_blocks is not None}
+    if question.target is None and not made.budgets:
+        least = {
+            policy: n
+            for policy in question.policies
+            for n, rate in zip(made.capacities[::-1], made.hit_rates[policy][::-1], strict=True)
+            if rate >= NEARLY * made.most
+        }  # the last that is met is the smallest
+    return Wish(
+        policies=question.policies, least=least, has_target=question.target is not None,
+        host_blocks=question.host_blocks, disk_blocks=question.disk_blocks, block_nbytes=question.block_nbytes,
+        blocks_per_chunk=question.blocks_per_chunk, present=question.present,
+    )  # fmt: skip
 
 
 def _check(question: Question) -> None:

@@ -9,33 +9,30 @@ a tier's line is read at its own capacity.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.policy import make_policy
+from tools.output import progress
 from tools.plan.trace import Trace
 
-
-def hits_by_stack_distance(trace: Trace, capacities: Sequence[int]) -> list[int]:
-    """Blocks that LRU hits, leaf first, at each capacity; in one pass (Mattson et al., 1970).
-
-    Of LRU what is there is a prefix's head, always: an ancestor is used whenever its child is. So a block is hit
-    if fewer than ``capacity`` others were used since.
-    """
-    distances = stack_distances(trace)
-    found = np.sort(distances[distances >= 0])
-    return [int(np.searchsorted(found, capacity, side="left")) for capacity in capacities]
+_BATCH: Final = 4096
 
 
 def stack_distances(trace: Trace) -> NDArray[np.int64]:
     """Of each access: how many other blocks were used since that block's last use, when its request begins;
-    -1: it never was."""
+    -1: it never was. LRU, leaf first, hits it at every capacity above (Mattson et al., 1970), if a prompt fits in.
+
+    Of LRU what is there is a prefix's head, always: an ancestor is used whenever its child is. So a block is hit
+    if fewer than ``capacity`` others were used since.
+    """
     total = len(trace.ids)
     tree, last, distances = [0] * (total + 1), dict[int, int](), np.full(total, -1, dtype=np.int64)
     now = num_seen = at = 0
-    for ids in trace.requests():
+    for ids in with_progress("LRU at all capacities", trace):
         for block in ids:
             used = last.get(block)
             if used is not None:  # blocks at or before `used`, from the tree
@@ -55,6 +52,15 @@ def stack_distances(trace: Trace) -> NDArray[np.int64]:
             _add(tree, now + 1, 1)
             now += 1
     return distances
+
+
+def with_progress(what: str, trace: Trace) -> Iterator[list[int]]:
+    """A trace's requests, and how far they are."""
+    with progress(what, trace.num_requests) as advance:
+        for i, ids in enumerate(trace.requests(), 1):
+            yield ids
+            if i % _BATCH == 0:
+                advance(_BATCH)
 
 
 def _add(tree: list[int], i: int, amount: int) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import ConfigError
+from kvstore.journal import is_journal
 from kvstore.journal_view import JournalView
 from kvstore.stored_format import StoredFormat
 from tools.output import progress
@@ -79,14 +80,26 @@ class Trace:
         return Trace(self.ids[kept], starts.astype(np.int64), rate, int(hot.sum()), int((hot - 1).sum()))
 
 
+def read_source(path: Path) -> tuple[Trace, JournalView | None]:
+    """A file's, or a journal's requests, and what else a journal says.
+
+    Raises:
+        ConfigError: it is neither, or has no request.
+    """
+    if not path.is_dir():
+        return read_trace(path), None
+    if not is_journal(path):
+        raise ConfigError(f"TRACE: the directory {str(path)!r} holds no journal; give a journal's, or a file")
+    view = JournalView.of(path)
+    return trace_of(view), view
+
+
 def read_trace(path: Path) -> Trace:
-    """All of a file, or of a journal's directory.
+    """All of a file.
 
     Raises:
         ConfigError: it cannot be read, or a line is no request; says which.
     """
-    if path.is_dir():
-        return trace_of(JournalView.of(path))
     decoder = msgspec.json.Decoder(_Line)
     parts: list[NDArray[np.int64]] = []
     lengths: list[int] = []
@@ -139,13 +152,11 @@ def trace_of(view: JournalView) -> Trace:
     return Trace(np.concatenate(parts), np.concatenate(([0], np.cumsum(lengths))).astype(np.int64))
 
 
-def block_nbytes_of(path: Path) -> int | None:
-    """Of a journal's blocks; None where the path is no journal, or its identities do not say."""
-    if not path.is_dir():
-        return None
-    for one in reversed(JournalView.of(path).opened):
+def format_of(view: JournalView) -> StoredFormat | None:
+    """Of a journal's newest blocks; None where its identities do not say."""
+    for one in reversed(view.opened):
         with suppress(ValueError):
-            return StoredFormat.of(one.content, one.placed).layout.block_nbytes
+            return StoredFormat.of(one.content, one.placed)
     return None
 
 

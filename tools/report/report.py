@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvstore.errors import ConfigError, KVStoreError, MissingExtraError
+from kvstore.errors import KVStoreError, MissingExtraError
 from kvstore.journal_view import JournalView
 from tools import journal_stats, ls, stat
 from tools.blocks import places
 from tools.choice import Choice
 from tools.figures import png
 from tools.journal_stats import tier_uses
+from tools.new_file import check_free, new_file
 from tools.output import printable, progress, size
 from tools.places import find_catalogs
 from tools.plan import chart
-from tools.plan.plan import Plan, Question, plan_of
-from tools.plan.trace import block_nbytes_of, read_trace, trace_of
+from tools.plan.plan import Plan, Question, of_journal, plan_of
+from tools.plan.trace import read_source, trace_of
 from tools.plot import draw as draw_norms
 from tools.plot import norms
 from tools.prefix_tree import Branch, prefix_tree
@@ -92,7 +93,7 @@ def make(path: Path, journal: Path | None, trace: Path | None, integrity_key_fil
     return Report(printable(str(path)), made_at, _tiles(listed, view), sections, [printable(p) for p in problems])
 
 
-def write(report: Report, out: Path) -> int:
+def write(report: Report, out: Path, *, force: bool = False) -> int:
     """Write the page; returns its size in bytes.
 
     Raises:
@@ -106,10 +107,9 @@ def write(report: Report, out: Path) -> int:
     folder = FileSystemLoader(Path(__file__).parent)
     made = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     data = made.get_template("page.html").render(report=report).encode()
-    try:
-        out.write_bytes(data)
-    except OSError as e:
-        raise ConfigError(f"--out: {str(out)!r} cannot be written ({e.strerror})") from e
+    check_free(out, force=force)
+    with new_file(out) as file:
+        file.write(data)
     return len(data)
 
 
@@ -196,11 +196,11 @@ def _some_keys(path: Path, integrity_key_file: str | None) -> dict[str, list[str
 def _plans(view: JournalView | None, trace: Path | None) -> list[Section]:
     sections = []
     if trace is not None:
-        nbytes = block_nbytes_of(trace)
-        sections.append(_plan(plan_of(read_trace(trace), Question(block_nbytes=nbytes)), f"Plan, from {trace.name}"))
+        whole, told = read_source(trace)
+        question = Question() if told is None else of_journal(Question(), told)
+        sections.append(_plan(plan_of(whole, question), f"Plan, from {trace.name}"))
     elif view is not None and any(request.num_blocks for request in view.requests):
-        question = Question(block_nbytes=block_nbytes_of(view.path))
-        sections.append(_plan(plan_of(trace_of(view), question), "Plan, from the journal"))
+        sections.append(_plan(plan_of(trace_of(view), of_journal(Question(), view)), "Plan, from the journal"))
     return sections
 
 
@@ -209,7 +209,9 @@ def _plan(made: Plan, title: str) -> Section:
         f"{made.requests:,} requests asked for {made.blocks_asked:,} blocks, {made.distinct_blocks:,} distinct ones; "
         f"at most {made.most:.1%} can be hits."
     )
-    return Section(title, about, made.columns(), _texts(made.rows()), left=0, picture=_picture(chart.draw(made)))
+    notes = list(made.notes())
+    picture = _picture(chart.draw(made))
+    return Section(title, about, made.columns(), _texts(made.rows()), left=0, picture=picture, notes=notes)
 
 
 def _texts(rows: Iterable[Sequence[object]]) -> list[list[str]]:
