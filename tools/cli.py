@@ -3,7 +3,7 @@
 Nothing heavy is imported before a command runs, so that help comes at once.
 
 Exit codes: 0, all is well; 1, something stored is damaged (or a demo's answers differ);
-2, wrong usage, or there is nothing to look at; 130, interrupted.
+2, wrong usage, or there is nothing to look at; 130, interrupted; 141, whoever read the output is gone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from tools.closed_pipe import closable_stdout
 from tools.commands import diff, dump, explain, load, plot
 from tools.demo_p2p.command import demo_p2p
 from tools.demo_vllm.command import demo_vllm
@@ -288,4 +289,5 @@ app.command()(_errors()(keygen))
 
 def main() -> None:
     """Entry point of the installed command."""
-    app()
+    with closable_stdout():
+        app()

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 
 from kvstore.byte_layout import parts_of
 from kvstore.config import DiskTierConfig, HostTierConfig, SharedTierConfig, StoreConfig
-from kvstore.errors import ConfigError, KVStoreError, NotStoredError
+from kvstore.errors import ConfigError, IdentityMismatchError, KVStoreError, NotStoredError
 from kvstore.keys import keys_to_array
 from kvstore.planes import Planes
 from kvstore.prefix_file import PrefixFile, PrefixHeader, pieces_of
@@ -160,7 +160,10 @@ def put(
     num_blocks = max(1, _BATCH_NBYTES // fmt.slot.slot_nbytes) * per_chunk
     config = StoreConfig(identity=fmt.identity(), host=HostTierConfig(num_blocks=num_blocks),
                          blocks_per_chunk=per_chunk, integrity_key_file=key_file, **tier)  # fmt: skip
-    planes = Planes(config)
+    try:
+        planes = Planes(config)
+    except IdentityMismatchError as e:
+        raise _other_identity(into, e) from e
     try:
         total = len(prefix.keys) // per_chunk * per_chunk
         with progress(f"into {into}", total) as advance:
@@ -171,6 +174,18 @@ def put(
     finally:
         planes.close()
     return Loaded(str(into), total, len(prefix.keys) - total)
+
+
+def _other_identity(into: Path, mismatch: IdentityMismatchError) -> ConfigError:
+    """What a person can do about it here: no command changes whose a directory is."""
+    differences = mismatch.differences
+    fields = [f"  {name}: {has!r} there, {asked!r} here" for name, (has, asked) in differences.items()]
+    remedy = "give another directory, or a new one"
+    if "blocks_per_chunk" in differences and differences.keys() <= {"blocks_per_chunk", "slot_nbytes"}:
+        remedy = f"give --blocks-per-chunk {differences['blocks_per_chunk'][0]}"
+    return ConfigError(
+        "\n".join([f"--into: {str(into)!r} holds KV of another identity than the file:", *fields, remedy])
+    )
 
 
 def _fill(prefix: PrefixFile, planes: Planes, fmt: StoredFormat, total: int) -> Iterator[int]:

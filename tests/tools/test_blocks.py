@@ -123,6 +123,9 @@ def test_a_store_of_another_identity_is_refused(kv: Path, prompt: Path, tmp_path
     store_of(other, tmp_path / "b").close()
     code, _, err = kvstore("load", tmp_path / "file", "--into", tmp_path / "b")
     assert code == 2 and "revision" in err and "other" in err
+    assert "on_mismatch" not in err and "give another directory" in err
+    code, _, err = kvstore("load", tmp_path / "file", "--into", kv / "disk", "--capacity", "8MiB")
+    assert code == 2 and "give --blocks-per-chunk 2" in err
 
 
 def test_what_is_damaged_is_not_dumped(kv: Path, tmp_path: Path) -> None:
