@@ -18,7 +18,7 @@ from tests.tools.test_cli import COMMANDS, kvstore, tree
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_MIB = 350  # 260 of these are torch and we
-MORE_MIB = {"plot": 30, "report": 60, "load": 60}  # matplotlib; a store
+MORE_MIB = {"plot": 30, "report": 60, "plan": 30, "load": 60}  # matplotlib; a store
 TIMEOUT_S = 170.0
 GROUPS = {"stores": STORES, "dumps": DUMPS, "asked": ASKED, "journals": JOURNALS, "traces": TRACES}
 # What is stored is as it was; what is said about it names another model, or a bound.
@@ -71,11 +71,12 @@ def diff(case: Path, good: Path) -> list[list[object]]:
     found += [["diff", good / "kv/disk", good / "file", *asked] for asked in asked_of(case)]
     if (case / "file").exists():
         found += [["diff", case / "file", good / "file"], ["diff", good / "kv/disk", case / "file", "--key", KEY]]
-    return found
+        found.append(["diff", good / "file", case / "file", "--tokens", good / "tokens.json", "--by-position"])
+    return found + of_journal(case, good, "diff", good / "file", good / "kv/disk", "--request", "r")
 
 
 def plot(case: Path, good: Path) -> list[list[object]]:
-    out = ["--out", case / "out/plot.png"]
+    out = ["--out", case / "out/plot.png", "--force"]
     found = of_store(case, "plot", case / "kv", "--key", key_of(case), *out)
     found += [["plot", good / "kv/disk", *asked, *out] for asked in asked_of(case)]
     if (case / "file").exists():
@@ -90,11 +91,13 @@ def explain(case: Path, good: Path) -> list[list[object]]:
     found += of_store(case, "explain", case / "kv", "--tokens", good / "tokens.json")
     found += [["explain", good / "kv/disk", *asked] for asked in asked_of(case)]
     found += of_journal(case, good, "explain", good / "kv/disk", "--request", "r")
+    found += of_journal(case, good, "explain", good / "kv/disk", "--key", KEY, "--model", "test")
     return found + of_journal(case, good, "explain", good / "kv/disk", "--tokens", good / "tokens.json")
 
 
 def plan(case: Path, good: Path) -> list[list[object]]:
-    return [["plan", case / name] for name in ("trace", "journal", "file") if (case / name).exists()]
+    chart = ["--chart", case / "out/plan.png", "--force"]
+    return [["plan", case / name, *chart] for name in ("trace", "journal", "file") if (case / name).exists()]
 
 
 def of_journal(case: Path, good: Path, *arguments: object) -> list[list[object]]:
@@ -124,13 +127,14 @@ READERS: dict[str, Made] = {
         + ([["top", case / "journal", "--once"]] if (case / "journal").exists() else [])
     ),
     "report": lambda case, good: (
-        of_store(case, "report", case / "kv", "--out", case / "out/r.html")
-        + of_journal(case, good, "report", good / "kv", "--out", case / "out/r.html")
+        of_store(case, "report", case / "kv", "--out", case / "out/r.html", "--force")
+        + of_journal(case, good, "report", good / "kv", "--out", case / "out/r.html", "--force")
     ),
     "gc": lambda case, _: of_store(case, "gc", case / "kv", "--older-than", "0s"),
     "purge": lambda case, good: (
         of_store(case, "purge", case / "kv", "--all", "--yes")
         + of_journal(case, good, "purge", good / "kv", "--request", "r", "--dry-run")
+        + of_journal(case, good, "purge", good / "kv", "--all", "--dry-run")
     ),
     "repair": lambda case, _: of_store(case, "verify", case / "kv", "--repair"),
 }
