@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ from rich.progress import Progress
 
 from connectors.lookup_messages import ANSWERS, REQUESTS, Reserve, Select
 from connectors.registration import Joins
-from kvstore.errors import KVStoreError
+from kvstore.errors import ConfigError, KVStoreError
 from kvstore.journal import frame
 from kvstore.journal_view import JournalView
 from kvstore.prefix_file import PrefixFile, PrefixHeader
@@ -39,6 +40,7 @@ from tools.choice import Choice
 from tools.foreign.base import ForeignEntry
 from tools.foreign.vllm_fs import VllmFsStore
 from tools.plan.trace import read_trace
+from tools.timeline import timeline
 
 DEFAULT_S = 60.0
 MOST_NBYTES = 2 << 30
@@ -97,6 +99,8 @@ def journal(data: bytes, folder: Path) -> None:
     view.hits_by_node()
     for request in view.requests:
         view.path_to(request.last)
+    with suppress(ConfigError):
+        timeline(view)
 
 
 def journal_record(data: bytes, folder: Path) -> None:

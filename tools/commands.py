@@ -168,11 +168,13 @@ def plot(
     if is_journal(path):
         from kvstore.journal_view import JournalView
         from tools.timeline import draw as draw_timeline
+        from tools.timeline import timeline
 
         view = JournalView.of(path)
-        save(draw_timeline(view), "--out", out, force=force)
-        show({"file": str(out), "requests": len(view.requests), "samples": len(view.samples)},
-             lines(f"{len(view.requests)} requests are drawn in {out}"), as_json=json)  # fmt: skip
+        over_time = timeline(view)
+        save(draw_timeline(over_time), "--out", out, force=force)
+        show({"file": str(out), "requests": len(view.requests), "samples": len(view.samples), "notes": over_time.notes},
+             lines(f"{len(view.requests)} requests are drawn in {out}", *over_time.notes), as_json=json)  # fmt: skip
         return
     from tools.plot import draw, norms
 
@@ -180,9 +182,8 @@ def plot(
     choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal) if is_chosen else None
     found = norms(path, choice, integrity_key_file)
     save(draw(found), "--out", out, force=force)
-    data = {"file": str(out), "blocks": found.num_blocks, "tokens": found.of_tokens.shape[-1],
-            "norm_by_head": found.of_heads.tolist()}  # fmt: skip
-    show(data, lines(f"{found.num_blocks} blocks are drawn in {out}"), as_json=json)
+    said = [f"{found.num_blocks} blocks are drawn in {out}", *([found.said()] if found.num_bad else [])]
+    show({"file": str(out), **found.to_dict()}, lines(*said), as_json=json)
 
 
 def explain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,11 @@ from kvstore.journal_view import NO_NODE, JournalView, Request
 from tools.output import age, size
 
 TIERS: Final = ("device", "host", "disk", "shared")
+_MOST_WINDOWS: Final = 60
+_WIDTHS_S: Final = (
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 21600, 43200,
+    86400, 172800, 604800,
+)  # fmt: skip
 _MOST_BLOCKS: Final = 4_000_000  # of the newest prompts, for ages of reuse
 COLUMNS: Final = (
     "server", "process", "tier", "state", "used", "capacity", "full", "pinned", "hit rate", "reuse age", "evicted"
@@ -150,21 +156,23 @@ class Windows:
         return rate
 
 
-def windows(view: JournalView, n: int = 60) -> Windows:
-    """What was found over the journal's time, in n windows."""
-    start, end = view.first_ns / 1e9, max(view.last_ns / 1e9, view.first_ns / 1e9 + 1.0)
-    edges = np.linspace(start, end, n + 1)
-    tiers = [tier for tier in TIERS if any(tier in request.hits for request in view.requests)]
+def windows(requests: Sequence[Request], start_s: float, end_s: float) -> Windows:
+    """What was found from start to end, in windows of a round length."""
+    width = next((w for w in _WIDTHS_S if (end_s - start_s) / w <= _MOST_WINDOWS), _WIDTHS_S[-1])
+    width = max(width, (end_s - start_s) / _MOST_WINDOWS / 100)  # of years
+    n = max(1, math.ceil((end_s - start_s) / width))
+    tiers = [tier for tier in TIERS if any(tier in request.hits for request in requests)]
     found = {name: np.zeros(n) for name in (*tiers, "computed")}
-    for request in view.requests:
-        at = min(n - 1, max(0, int((request.t_ns / 1e9 - start) / (end - start) * n)))
+    for request in requests:
+        at = min(n - 1, max(0, int((request.t_ns / 1e9 - start_s) / width)))
         left = request.num_blocks
         for tier in tiers:
             hit = min(left, request.hits.get(tier, 0))
             found[tier][at] += hit
             left -= hit
         found["computed"][at] += left
-    return Windows(edges[1:], found, float(edges[1] - edges[0]))
+    ends: NDArray[np.float64] = start_s + width * np.arange(1, n + 1, dtype=np.float64)
+    return Windows(ends, found, width)
 
 
 def last_used(view: JournalView) -> list[int]:

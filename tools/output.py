@@ -23,7 +23,7 @@ from rich.text import Text
 from kvstore.errors import ConfigError
 
 _PIPE_WIDTH: Final = 200
-_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _AGES: Final = (("d", 86400), ("h", 3600), ("min", 60))
 
 
@@ -65,9 +65,9 @@ def printable(text: str) -> str:
 def size(nbytes: float) -> str:
     """``368640`` -> ``360.0 KiB``."""
     unit = 0
-    while nbytes >= 1024 and unit < len(_UNITS) - 1:
+    while nbytes >= 1024 and unit < len(UNITS) - 1:
         nbytes, unit = nbytes / 1024, unit + 1
-    return f"{nbytes:.1f} {_UNITS[unit]}" if unit else f"{nbytes:.0f} B"
+    return f"{nbytes:.1f} {UNITS[unit]}" if unit else f"{nbytes:.0f} B"
 
 
 def age(seconds: float) -> str:

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
 from kvstore.errors import ConfigError, NotStoredError
 from tools.choice import Choice
-from tools.figures import new_figure
+from tools.figures import label, new_figure
 from tools.held import held
-from tools.output import printable, progress
+from tools.output import progress
 from tools.places import find_catalogs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_TOKENS: Final = 1 << 20
-_MOST_COLUMNS: Final = 2048
+_MOST_COLUMNS: Final = 640  # pixels are hardly more
+_BAD: Final = "red"  # is not in the scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,23 @@ class Norms:
 
     Attributes:
         of_heads: (num_layers, kv_dim, num_kv_heads), over all tokens: root of the mean square of vectors' norms.
-        of_tokens: (num_layers, kv_dim, num_tokens), over all heads.
+        of_tokens: (num_layers, kv_dim, num_tokens), over all heads. NaN or infinite where a number of it is.
+        num_bad: vectors with such a number in them.
     """
 
     title: str
     num_blocks: int
     of_heads: torch.Tensor
     of_tokens: torch.Tensor
+    num_bad: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"blocks": self.num_blocks, "tokens": self.of_tokens.shape[-1], "bad_vectors": self.num_bad,
+                "norm_by_head": self.of_heads.tolist()}  # fmt: skip
+
+    def said(self) -> str:
+        """That not all is finite; nothing where it is."""
+        return f"{self.num_bad} vectors have NaN or infinite numbers: red" if self.num_bad else ""
 
 
 def norms(path: Path, choice: Choice | None, integrity_key_file: str | None) -> Norms:
@@ -57,23 +69,25 @@ def norms(path: Path, choice: Choice | None, integrity_key_file: str | None) -> 
 def _norms(title: str, blocks: Sequence[Callable[[], torch.Tensor | None]]) -> Norms:
     squares_of_heads: torch.Tensor | None = None
     of_tokens: list[torch.Tensor] = []
+    num_bad = 0
     with progress("reading", len(blocks)) as advance:
         for read in blocks:
             kv = read()
             if kv is None:
                 raise NotStoredError("a block is damaged, or what K and V are in it cannot be told")
-            squares_LPHT = kv.to(torch.float32).square().sum(-1)
+            squares_LPHT = kv.to(torch.float64).square().sum(-1)  # of all that is finite, finite
             if not of_tokens and squares_LPHT.shape[-1] * len(blocks) > _MOST_TOKENS:
                 raise ConfigError(
                     f"{len(blocks)} blocks are too many for a picture; give at most {_MOST_TOKENS} tokens"
                 )
             sums = squares_LPHT.sum(-1)
             squares_of_heads = sums if squares_of_heads is None else squares_of_heads + sums
+            num_bad += int((~squares_LPHT.isfinite()).sum())
             of_tokens.append(squares_LPHT.mean(2).sqrt())
             advance(1)
     assert squares_of_heads is not None
     tokens = torch.cat(of_tokens, dim=-1)
-    return Norms(title, len(blocks), (squares_of_heads / tokens.shape[-1]).sqrt(), tokens)
+    return Norms(title, len(blocks), (squares_of_heads / tokens.shape[-1]).sqrt(), tokens, num_bad)
 
 
 def draw(found: Norms) -> Figure:
@@ -84,8 +98,9 @@ def draw(found: Norms) -> Figure:
     """
     names = ("K", "V") if found.of_heads.shape[1] == 2 else ("latent",)
     figure = new_figure(12, 3.8 * len(names))
-    title = f"{printable(found.title)}: {found.num_blocks} blocks, {found.of_tokens.shape[-1]} tokens"
-    figure.suptitle(title.replace("$", " "))
+    figure.suptitle(label(f"{found.title}: {found.num_blocks} blocks, {found.of_tokens.shape[-1]} tokens"))
+    if found.num_bad:
+        figure.supxlabel(found.said(), color=_BAD, fontsize=11)
     grid = figure.add_gridspec(len(names), 2, width_ratios=(1, 2))
     for row, name in enumerate(names):
         _map(figure, grid[row, 0], found.of_heads[:, row], f"{name}: norm by head", "KV head", whole=True)
@@ -106,7 +121,10 @@ def _map(
 ) -> None:
     axes = figure.add_subplot(place)
     num_layers, width = values.shape[0], values.shape[1] if extent is None else extent
-    image = axes.imshow(values.nan_to_num().numpy(), aspect="auto", cmap="viridis", interpolation="nearest",
+    is_bad = ~values.isfinite().numpy()
+    shown: Any = np.ma.MaskedArray(values.numpy(), mask=is_bad)  # type: ignore[no-untyped-call]
+    low, high = (shown.min(), shown.max()) if shown.count() else (0.0, 1.0)
+    image = axes.imshow(shown, aspect="auto", cmap=_colors(), interpolation="nearest", vmin=low, vmax=high,
                         origin="lower", extent=(-0.5, width - 0.5, -0.5, num_layers - 0.5))  # fmt: skip
     axes.set(title=title, xlabel=across, ylabel="layer")
     for axis, n in ((axes.yaxis, num_layers), *(((axes.xaxis, width),) if whole else ())):
@@ -114,6 +132,12 @@ def _map(
         if n <= 8:
             axis.set_ticks(range(n))
     figure.colorbar(image, ax=axes, label="norm of a vector")
+
+
+def _colors() -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"].with_extremes(bad=_BAD)
 
 
 def _thinned(values: torch.Tensor) -> torch.Tensor:

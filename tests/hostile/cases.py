@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -363,6 +364,21 @@ _journal(
 )
 _journal("a reason", GOOD, _asked_with(), frame(Moved(t_ns=3, tier="disk", why="[red]\x1b", ids=bytes(800))))
 _journal("a long prompt", GOOD, *[_asked_with(request=f"r{i}", hashes=_HASHES, hits={"host": i}) for i in range(300)])
+
+
+_NOW = time.time_ns()
+_FORMULA = "$\\frac{1$"
+_FULL = {"used_nbytes": 1e6, "capacity_nbytes": 5e6}
+_journal("formulas", GOOD, _asked_with(t_ns=_NOW, hits={_FORMULA: 1}, hashes=_HASHES),
+         *[frame(Sample(t_ns=_NOW + i, tiers={_FORMULA: _FULL, "host": _FULL})) for i in range(3)])  # fmt: skip
+_journal("letters", GOOD, frame(Sample(t_ns=_NOW, tiers={"\x1b]0;\x07\u202e\U0010ffff": _FULL})),
+         _asked_with(t_ns=_NOW, hits={"\x1b[2J\x07": 1}, hashes=_HASHES))  # fmt: skip
+_journal("sizes", GOOD, _asked_with(t_ns=_NOW, num_tokens=1 << 62, depth=1 << 61, hits={"host": 1 << 62}),
+         *[frame(Sample(t_ns=_NOW + i, tiers={"host": {"used_nbytes": used, "capacity_nbytes": capacity}}))
+           for i, used in enumerate((1e308, float("nan"), -1e308, 5e-324, 1e6))
+           for capacity in (float("inf"), 1e308, 0.0, 5e-324, 5e6)],
+         frame(Sample(t_ns=1 << 62, tiers={"host": _FULL})),
+         frame(Sample(t_ns=_NOW, tiers={"disk": _FULL})))  # fmt: skip
 
 
 def _links(folder: Path) -> None:

@@ -223,7 +223,7 @@ def test_chart(tmp_path: Path) -> None:
     path = write(tmp_path / "trace", conversations(200))
     kvstore_json("plan", path, "--chart", tmp_path / "plan.png", "--block-bytes", "1MiB", "--host-budget", "100MiB")
     data = (tmp_path / "plan.png").read_bytes()
-    assert data.startswith(b"\x89PNG\r\n") and int.from_bytes(data[16:20], "big") == 1200
+    assert data.startswith(b"\x89PNG\r\n") and int.from_bytes(data[16:20], "big") == 1320
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Hit rates of one trace at any capacity: of all of its blocks where that is quick, else of a sample.
 
-LRU takes one pass for all capacities, and the best possible takes little; the other policies are run at each.
+LRU takes one pass for all capacities that a prompt fits in, and the best possible takes little; the other policies are
+run at each.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class HitRates:
         self._coarse = whole if exact or len(whole.ids) <= 2 * RUN_ACCESSES else whole.sampled(RUN_ACCESSES)
         distances = stack_distances(self._fine)
         self._distances = np.sort(distances[distances >= 0])
+        self._longest = int(np.diff(self._fine.starts).max(initial=0))  # prompt
         self._known: dict[tuple[str, int], float] = {}
         self.distinct = len(np.unique(whole.ids))
 
@@ -53,11 +55,11 @@ class HitRates:
         return found
 
     def least(self, policy: str, target: float, advance: Callable[[int], None]) -> int | None:
-        """The smallest capacity that reaches a target, to 1 % (LRU: to a block); None: none does."""
+        """The smallest capacity that reaches a target, to 1 %; None: none does."""
         if self.at(policy, self.distinct) < target:
             return None
-        if policy == LRU:
-            return self._least_of_lru(target)
+        if policy == LRU and (n := self._least_of_lru(target)) * self._fine.rate >= self._longest:
+            return n
         known = sorted(n for name, n in self._known if name == policy)
         high = next(n for n in known if self.at(policy, n) >= target)
         low = max((n for n in known if n < high), default=0)
@@ -89,8 +91,10 @@ class HitRates:
         scaled = max(1, round(capacity * trace.rate))
         if policy == BEST:
             return self._rate(hits_at_best(trace, scaled), trace)
-        if policy == LRU:
+        if policy == LRU and scaled >= self._longest:
             return self._rate(int(np.searchsorted(self._distances, scaled, side="left")), trace)
+        trace = self._coarse  # of LRU: prompts that are larger than the cache push themselves out
+        scaled = max(1, round(capacity * trace.rate))
         return min(self.most, self._rate(hits_by_policy(trace, policy, scaled), trace))  # a sample may say more
 
     def _trace_of(self, policy: str) -> Trace:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvstore.errors import KVStoreError, MissingExtraError
+from kvstore.errors import ConfigError, KVStoreError, MissingExtraError
 from kvstore.journal_view import JournalView
 from tools import journal_stats, ls, stat
 from tools.blocks import places
@@ -30,6 +30,7 @@ from tools.plot import draw as draw_norms
 from tools.plot import norms
 from tools.prefix_tree import Branch, prefix_tree
 from tools.timeline import draw as draw_timeline
+from tools.timeline import timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +78,7 @@ def make(path: Path, journal: Path | None, trace: Path | None, integrity_key_fil
     """
     steps = 5
     with progress("gathering", steps) as advance:
-        listed, told = ls.list_stored(path, journal=journal), stat.stat(path, journal)
+        listed, told = ls.list_stored(path), stat.stat(path, journal)
         advance(1)
         view = JournalView.of(journal) if journal is not None else None
         sections = [_tiers(told), _stored(listed)]
@@ -116,7 +117,10 @@ def write(report: Report, out: Path, *, force: bool = False) -> int:
 def _tiles(listed: ls.Listing, view: JournalView | None) -> list[tuple[str, str]]:
     rows = listed.rows
     tiles = [
-        ("blocks stored", f"{sum(row.blocks for row in rows):,}"),
+        *(
+            (f"blocks, {tier}", f"{sum(row.blocks for row in rows if row.tier == tier):,}")
+            for tier in dict.fromkeys(row.tier for row in rows)
+        ),  # a block may lie in several
         ("bytes", size(sum(row.nbytes for row in rows))),
         ("models", str(len({(row.model, row.revision) for row in rows}))),
     ]
@@ -148,9 +152,13 @@ def _of_journal(path: Path, view: JournalView) -> list[Section]:
     uses = _texts(use.cells() for use in tier_uses(view))
     servers = Section("Servers", "Their tiers, as the journal knows them.", journal_stats.COLUMNS, uses, left=4)
     sections = [servers]
-    if view.samples or view.requests:
-        about = "How full each tier was, where blocks were found, and the hit rate."
-        sections.append(Section("Over time", about, picture=_picture(draw_timeline(view))))
+    about = "How full each tier was, where blocks were found, and the hit rate."
+    try:
+        over_time = timeline(view)
+    except ConfigError:  # nothing yet
+        pass
+    else:
+        sections.append(Section("Over time", about, picture=_picture(draw_timeline(over_time)), notes=over_time.notes))
     tree = prefix_tree(path, view.path, _MOST_BRANCHES)
     items: list[tuple[int, str]] = []
 
@@ -176,7 +184,8 @@ def _norms(path: Path, integrity_key_file: str | None) -> list[Section]:
             sections.append(Section(title, "", notes=[f"not drawn: {e}"]))
         else:
             about = f"Norms of vectors in {found.num_blocks} blocks of those that are stored."
-            sections.append(Section(title, about, picture=_picture(draw_norms(found))))
+            notes = [found.said()] if found.num_bad else []
+            sections.append(Section(title, about, picture=_picture(draw_norms(found)), notes=notes))
     return sections
 
 
