@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.byte_layout import blocks_of
 from kvstore.errors import ConfigError, KVStoreError, NotStoredError
 from kvstore.keys import KEY_NBYTES, BlockKey
@@ -108,22 +111,34 @@ def read(place: Place) -> Block:
     """Read and verify."""
     import torch
 
-    verdict = place.catalog.read(place.chunk)
+    row, position, reason = _row(place)
     fmt = place.fmt
-    if verdict.reason or verdict.row is None or fmt is None:
-        return Block(place, verdict.reason or "cannot be read")
+    if row is None or fmt is None:
+        return Block(place, reason)
     slot = fmt.slot
-    held = verdict.row[slot.body_nbytes :][: slot.blocks_per_chunk * KEY_NBYTES].reshape(slot.blocks_per_chunk, -1)
-    position = next((i for i, row in enumerate(held) if row.tobytes() == place.key), None)
-    if position is None:
-        return Block(place, "its chunk holds other blocks")
-    payload = torch.from_numpy(verdict.row[: slot.payload_nbytes].copy())
+    payload = torch.from_numpy(row[: slot.payload_nbytes].copy())
     alone = payload if slot.blocks_per_chunk == 1 else None
     try:
         kv = blocks_of(payload, fmt.layout, slot.blocks_per_chunk, fmt.byte_layout, fmt.tp_size)[position]
     except KVStoreError:
         return Block(place, "", payload=alone)
     return Block(place, "", kv, alone)
+
+
+def why_bad(place: Place) -> str:
+    """Verify, without looking at the numbers: why it is not sound; empty where it is."""
+    return _row(place)[2]
+
+
+def _row(place: Place) -> tuple[NDArray[np.uint8] | None, int, str]:
+    """The chunk as a slot, which of its blocks it is, and why that cannot be said."""
+    verdict, fmt = place.catalog.read(place.chunk), place.fmt
+    if verdict.reason or verdict.row is None or fmt is None:
+        return None, 0, verdict.reason or "cannot be read"
+    n = fmt.slot.blocks_per_chunk
+    held = verdict.row[fmt.slot.body_nbytes :][: n * KEY_NBYTES].reshape(n, -1)
+    position = next((i for i, key in enumerate(held) if key.tobytes() == place.key), None)
+    return (None, 0, "its chunk holds other blocks") if position is None else (verdict.row, position, "")
 
 
 def read_any(found: Sequence[Place]) -> Block:

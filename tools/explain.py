@@ -19,7 +19,7 @@ from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
 from tools.asked import Asked, asked_of, difference, model_of
-from tools.blocks import Place, places, read
+from tools.blocks import Place, places, why_bad
 from tools.choice import Choice
 from tools.explanation import Explained, Explanation, Finding
 from tools.ls import problems_of
@@ -107,7 +107,7 @@ class _Explainer:
         bad, sound = "", list[Place]()
         for place in here:
             if self._is_asked(place):
-                reason = read(place).reason
+                reason = why_bad(place)
                 if reason:
                     bad = reason
                 else:
@@ -165,8 +165,11 @@ class _Explainer:
         if move.why:
             return Finding(move.why, f"{_WHY.get(move.why, move.why)} {since} ago{self._by(tier, move)}")
         if tier == "host":
-            if view.has_ended(move.pid):
+            if (life := view.life_of(move.pid)) == "ended":
                 return Finding("ended", f"was in memory of process {move.pid}, which has ended")
+            if life == "silent":
+                silent = age(view.silent_s(move.pid))
+                return Finding("silent", f"was in memory of process {move.pid}, which is silent for {silent}")
             return Finding("stored", "in memory")
         return Finding("gone", f"stored {since} ago, and gone; who removed it is not in the journal")
 
