@@ -67,6 +67,8 @@ class Opened(Record, tag="o", frozen=True, array_like=True, kw_only=True):
         content, placed: of the identity.
         num_groups: KV cache groups: each block hash has so many keys.
         capacity_nbytes: by tier.
+        place, started: see `kvstore.process`; empty and 0 where they are not known.
+        sample_s: how often it writes at least.
     """
 
     pid: _Count
@@ -76,6 +78,9 @@ class Opened(Record, tag="o", frozen=True, array_like=True, kw_only=True):
     placed: dict[str, Any]
     num_groups: Annotated[int, msgspec.Meta(ge=1, le=64)]
     capacity_nbytes: _Counts
+    place: _Name = ""
+    started: _Count = 0
+    sample_s: _Seconds = 10.0
 
 
 class Asked(Record, tag="a", frozen=True, array_like=True, kw_only=True):

@@ -6,10 +6,11 @@ memory, up to bounds that are told in `problems` when they are met.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +29,15 @@ from kvstore.journal import (
     move_ids,
 )
 from kvstore.keys import BLOCK_HASH_NBYTES
+from kvstore.process import is_running
 
 MAX_NODES: Final = 1 << 22
 MAX_REQUESTS: Final = 1 << 20
 MAX_MOVES: Final = 1 << 25
 MAX_SAMPLES: Final = 1 << 18
 NO_NODE: Final = -1
-_SILENT_NS: Final = 60 * 10**9  # samples come more often
+_SILENT_S: Final = 60.0  # of a process whose samples come more often
+Life = Literal["on", "silent", "ended"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +145,11 @@ class JournalView:
     samples: by time.
     seen_ns: process -> its last record; closed: processes that have closed their store since they opened it.
     num_lost: requests that writers could not keep up with.
+    now_ns: processes are told of as they are now; None: as they were when the journal was written last.
     """
 
     path: Path
+    now_ns: int | None = None
     opened: list[Opened] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
@@ -162,17 +167,19 @@ class JournalView:
     problems: list[str] = field(default_factory=list)
     _nodes: dict[bytes, int] = field(default_factory=dict)
     _moves: dict[tuple[str, int], _Moves] = field(default_factory=dict)
+    _life: dict[int, Life] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path, since_ns: int = 0) -> JournalView:
+    def of(cls, path: Path, since_ns: int = 0, *, at_its_end: bool = False) -> JournalView:
         """Read all of a journal.
 
         Args:
             since_ns: what was written before may be left out.
+            at_its_end: take its last record for now: of an old copy.
         Raises:
             ConfigError: there is none.
         """
-        view, reader = cls(path), JournalReader(path, since_ns)
+        view, reader = cls(path, None if at_its_end else time.time_ns()), JournalReader(path, since_ns)
         writers: dict[str, _Writer] = {}
         for segment, record in reader.records():
             view.first_ns = view.first_ns or record.t_ns
@@ -263,7 +270,7 @@ class JournalView:
         if not found:
             return None
         if tier == "host":
-            here = [move for move in found if not move.why and not self.has_ended(move.pid)]
+            here = [move for move in found if not move.why and self.life_of(move.pid) == "on"]
             return max(here or found, key=lambda move: move.t_ns)
         last = max(found, key=lambda move: move.t_ns)
         if last.why == "by_other":
@@ -280,9 +287,17 @@ class JournalView:
         ]
         return bool(found) and not max(found, key=lambda move: move.t_ns).why
 
-    def has_ended(self, pid: int) -> bool:
-        """Whether a process is gone, as far as the journal tells: it said so, or was silent while others wrote."""
-        return pid in self.closed or self.last_ns - self.seen_ns.get(pid, 0) > _SILENT_NS
+    def life_of(self, pid: int) -> Life:
+        """Of a process: "ended" where it said so, or is no more on this host; "silent" where it has not written for
+        longer than it should, so that what it has in memory is not known."""
+        if pid not in self._life:
+            self._life[pid] = self._look_at(pid)
+        return self._life[pid]
+
+    def silent_s(self, pid: int) -> float:
+        """How long ago a process has written last."""
+        now_ns = self.last_ns if self.now_ns is None else self.now_ns
+        return max(0.0, (now_ns - self.seen_ns.get(pid, 0)) / 1e9)
 
     def tiers(self) -> list[str]:
         """That anything is known of, from the top."""
@@ -291,6 +306,14 @@ class JournalView:
         return [*(tier for tier in order if tier in known), *sorted(known.difference(order))]
 
     # -- inside
+
+    def _look_at(self, pid: int) -> Life:
+        opened = next((one for one in reversed(self.opened) if one.pid == pid), None)
+        if pid in self.closed or opened is None:
+            return "ended"
+        if self.now_ns is not None and is_running(pid, opened.started, opened.place) is False:
+            return "ended"
+        return "silent" if self.silent_s(pid) > max(_SILENT_S, 3 * opened.sample_s) else "on"
 
     def _told(self) -> Iterator[Request | End]:
         yield from self.requests

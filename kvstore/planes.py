@@ -26,6 +26,7 @@ from kvstore.journal_writer import JournalWriter
 from kvstore.keys import BlockKey, keys_to_array
 from kvstore.manager import TierManager
 from kvstore.policy import make_policy
+from kvstore.process import process_place, started_ticks
 from kvstore.promotion import Promotion, Sink
 from kvstore.slot import KeyArray, SlotCodec, SlotFormat, Slots, read_integrity_key
 from kvstore.tiers.base import TierStats
@@ -210,6 +211,9 @@ class Planes:
             placed=dict(self.identity.placed(config.blocks_per_chunk)),
             num_groups=num_groups,
             capacity_nbytes=capacities,
+            place=process_place(),
+            started=started_ticks(os.getpid()),
+            sample_s=config.journal.sample_s if config.journal is not None else 0.0,
         )
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kvstore", "connectors", "tools")
 LAYERS = {
     "what things are": "strict_json errors layout byte_layout identity keys events config config_source",
-    "bytes": "slot safetensors_header stored_format direct_io arena jobs copier journal",
+    "bytes": "slot safetensors_header stored_format direct_io arena jobs copier process journal",
     "who holds what": "allocator index policy slot_table",
     "tiers": "tiers",
     "decisions": "manager promotion write_behind journal_writer io_messages io_service io_connection io_client"

@@ -323,7 +323,7 @@ def test_processes_tell_of_the_same_block(tmp_path: Path) -> None:
     segment(
         2, moved(12, "host", ""), moved(13, "disk", ""), moved(21, "disk", "by_other"), moved(22, "host", "evicted")
     )
-    view = JournalView.of(tmp_path)
+    view = JournalView.of(tmp_path, at_its_end=True)
     host, disk = view.move_of("host", key), view.move_of("disk", key)
     assert host is not None and (host.why, host.pid) == ("", 1)
     assert disk is not None and (disk.why, disk.pid) == ("evicted", 1)

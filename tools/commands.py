@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from tools.options import (
+    AtItsEnd,
     Force,
     Journal,
     Json,
@@ -198,6 +199,7 @@ def explain(
     journal: Journal = None,
     model: Annotated[str, typer.Option(metavar="TEXT", help="Asked for, where there are several.")] = "",
     other_tenant: Annotated[list[str] | None, typer.Option(metavar="SALT", help="Who may have stored it.")] = None,
+    at_its_end: AtItsEnd = False,
     json: Json = False,
     integrity_key_file: KeyFile = None,
 ) -> None:
@@ -214,5 +216,5 @@ def explain(
 
     choice = choice_of(key, keys, tokens, text, tokenizer, tenant, request, journal)
     found = look(path, choice, journal=journal, model=model, other_tenants=other_tenant or (),
-                 integrity_key_file=integrity_key_file)  # fmt: skip
+                 integrity_key_file=integrity_key_file, at_its_end=at_its_end)  # fmt: skip
     show(found.to_dict(), found.parts(), as_json=json)

@@ -42,18 +42,20 @@ def explain(
     model: str = "",
     other_tenants: Sequence[str] = (),
     integrity_key_file: str | None = None,
+    at_its_end: bool = False,
 ) -> Explanation:
     """Explain a prompt, a request of the journal, or single keys.
 
     Args:
         model: which identity is asked for, where the path or the journal know several: its model's name, or a part.
         other_tenants: salts under which the prompt may be stored too.
+        at_its_end: see `JournalView.of`.
     Raises:
         ConfigError: a wrong argument, nothing of a tier at the path, or no journal.
         NotStoredError: nobody knows of such a request or key.
     """
     catalogs = find_catalogs(path, integrity_key_file)
-    view = JournalView.of(journal) if journal is not None else None
+    view = JournalView.of(journal, at_its_end=at_its_end) if journal is not None else None
     asked = asked_of(catalogs, view, choice, model, other_tenants)
     if len(asked.keys) > MAX_BLOCKS:
         raise ConfigError(f"{len(asked.keys)} blocks are too many to explain; at most {MAX_BLOCKS}")

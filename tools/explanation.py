@@ -20,8 +20,8 @@ class Finding:
 
     Attributes:
         why: "stored"; else "never stored", "evicted", "purged", "corrupt", "reset", "by_other", "identity", "epoch",
-            "tenant", "ended" (the process whose memory it was in), "gone" (who removed it is not in the journal), or
-            "unknown" (no journal, or it does not reach back so far).
+            "tenant", "ended" or "silent" (the process whose memory it was in), "gone" (who removed it is not in the
+            journal), or "unknown" (no journal, or it does not reach back so far).
         detail: for people.
     """
 

@@ -32,7 +32,8 @@ class TierUse:
     """One tier of one process.
 
     Attributes:
-        state: "on", "off" or read-only ("not on"), or "ended" with its process.
+        state: "on", "off" or read-only ("not on"), or its process's: "silent" or "ended".
+        silent_s: how long ago its process has written last.
         used_nbytes, capacity_nbytes, pinned_blocks, evicted_blocks: of its last sample; the engine's own memory
             ("device") has none.
         hit_blocks, asked_blocks: of its requests: found here; and asked for and not found in a tier above.
@@ -44,6 +45,7 @@ class TierUse:
     pid: int
     tier: str
     state: str
+    silent_s: float
     used_nbytes: float | None
     capacity_nbytes: float | None
     pinned_blocks: float | None
@@ -63,8 +65,9 @@ class TierUse:
     def cells(self) -> tuple[object, ...]:
         """For people; see `COLUMNS`."""
         used, capacity, rate = self.used_nbytes, self.capacity_nbytes, self.hit_rate
+        state = f"silent for {age(self.silent_s)}" if self.state == "silent" else self.state
         return (
-            self.who, self.pid, self.tier, self.state, "-" if used is None else size(used),
+            self.who, self.pid, self.tier, state, "-" if used is None else size(used),
             size(capacity) if capacity else "-", f"{used / capacity:.0%}" if used is not None and capacity else "-",
             "-" if self.pinned_blocks is None else f"{self.pinned_blocks:.0f}",
             "-" if rate is None else f"{rate:.1%}", "-" if self.reuse_age_s is None else age(self.reuse_age_s),
@@ -84,10 +87,12 @@ def tier_uses(view: JournalView) -> list[TierUse]:
         for tier in (tier for tier in TIERS if tier in known):
             sample = last.get((pid, tier))
             numbers = sample.numbers if sample is not None else {}
-            state = "ended" if view.has_ended(pid) else "on" if numbers.get("is_on", 1.0) else "not on"
+            life = view.life_of(pid)
+            state = life if life != "on" else "on" if numbers.get("is_on", 1.0) else "not on"
             found.append(
                 TierUse(
-                    who=one.who, pid=pid, tier=tier, state=state, used_nbytes=numbers.get("used_nbytes"),
+                    who=one.who, pid=pid, tier=tier, state=state, silent_s=view.silent_s(pid),
+                    used_nbytes=numbers.get("used_nbytes"),
                     capacity_nbytes=numbers.get("capacity_nbytes"), pinned_blocks=numbers.get("pinned_blocks"),
                     evicted_blocks=numbers.get("evicted_blocks"), hit_blocks=hits[pid, tier],
                     asked_blocks=asked[pid, tier], t_ns=sample.t_ns if sample is not None else one.t_ns,

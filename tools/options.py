@@ -37,6 +37,7 @@ KeyFile = Annotated[
     str | None,
     typer.Option("--integrity-key-file", metavar="FILE", help="The secret that the slots were signed with."),
 ]
+AtItsEnd = Annotated[bool, typer.Option("--at-its-end", help="Take the journal's last record for now: of an old copy.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
 
 # Which blocks are meant; see `tools.choice.Choice`.

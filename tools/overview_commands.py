@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from tools.options import Force, Journal, Json, KeyFile, StoredPath
+from tools.options import AtItsEnd, Force, Journal, Json, KeyFile, StoredPath
 
 
-def stat(path: StoredPath, journal: Journal = None, json: Json = False) -> None:
+def stat(path: StoredPath, journal: Journal = None, at_its_end: AtItsEnd = False, json: Json = False) -> None:
     """Show how full each tier is, a line each.
 
     With --journal also the tiers of each server, host memory too: used, pinned, hit rate, and how long ago what is
@@ -22,7 +22,7 @@ def stat(path: StoredPath, journal: Journal = None, json: Json = False) -> None:
     from tools.output import show
     from tools.stat import stat as look
 
-    found = look(path, journal)
+    found = look(path, journal, at_its_end=at_its_end)
     show(found.to_dict(), found.parts(), as_json=json)
 
 
@@ -30,6 +30,7 @@ def top(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The servers' journal, or a store's directory.")],
     interval: Annotated[float, typer.Option(min=0.2, max=3600.0, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show it once, and end.")] = False,
+    at_its_end: AtItsEnd = False,
     json: Json = False,
 ) -> None:
     """Watch servers, or a store.
@@ -44,10 +45,10 @@ def top(
     from tools.top import look, watch
 
     if once or json:
-        data, parts = look(path)
+        data, parts = look(path, at_its_end=at_its_end)
         show(data, parts, as_json=json)
     else:
-        watch(path, interval)
+        watch(path, interval, at_its_end=at_its_end)
 
 
 def report(

@@ -79,7 +79,7 @@ class Stat:
         yield from problem_lines(self.problems)
 
 
-def stat(path: Path, journal: Path | None = None) -> Stat:
+def stat(path: Path, journal: Path | None = None, *, at_its_end: bool = False) -> Stat:
     """Look at them.
 
     Raises:
@@ -88,7 +88,7 @@ def stat(path: Path, journal: Path | None = None) -> Stat:
     catalogs = find_catalogs(path)
     found, problems, servers = [_line(catalog) for catalog in catalogs], problems_of(catalogs), None
     if journal is not None:
-        view = JournalView.of(journal)
+        view = JournalView.of(journal, at_its_end=at_its_end)
         servers = tier_uses(view)
         problems |= {f"journal: {journal}": view.problems} if view.problems else {}
     return Stat(found, servers, problems)

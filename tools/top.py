@@ -66,25 +66,26 @@ class View:
                    request.num_tokens, found, share, waited)  # fmt: skip
 
 
-def look(path: Path) -> tuple[dict[str, Any], list[RenderableType]]:
+def look(path: Path, *, at_its_end: bool = False) -> tuple[dict[str, Any], list[RenderableType]]:
     """What there is to show now, as data and for people.
 
     Args:
         path: a journal, of which the last ten minutes count; or a store's directory.
+        at_its_end: see `JournalView.of`.
     Raises:
         ConfigError: it is neither.
     """
     if not is_journal(path):
         found = stat(path)
         return found.to_dict(), list(found.parts())
-    view = JournalView.of(path, time.time_ns() - int(_WINDOW_S * 1e9))
+    view = JournalView.of(path, time.time_ns() - int(_WINDOW_S * 1e9), at_its_end=at_its_end)
     if not view.opened:
-        view = JournalView.of(path)  # nobody has written lately: what was last
+        view = JournalView.of(path, at_its_end=at_its_end)  # nobody has written lately: what was last
     shown = View(tier_uses(view), _rates(view.samples), view)
     return shown.to_dict(), list(shown.parts())
 
 
-def watch(path: Path, interval_s: float) -> None:
+def watch(path: Path, interval_s: float, *, at_its_end: bool = False) -> None:
     """Show it in the terminal, again and again, until interrupted.
 
     Raises:
@@ -97,13 +98,13 @@ def watch(path: Path, interval_s: float) -> None:
     console = results()
     if not console.is_terminal:
         raise ConfigError("top: stdout is no terminal; give --once, or --json")
-    _, parts = look(path)
+    _, parts = look(path, at_its_end=at_its_end)
     with no_progress(), Live(Group(*parts), console=console, screen=True, auto_refresh=False) as live:
         while True:
             head = lines(f"{printable(str(path))}   {time.strftime('%H:%M:%S')}   every {interval_s:g} s, Ctrl-C ends")
             live.update(Group(*head, *parts), refresh=True)
             time.sleep(interval_s)
-            _, parts = look(path)
+            _, parts = look(path, at_its_end=at_its_end)
 
 
 def _rates(samples: list[TierSample]) -> dict[tuple[int, str], dict[str, float]]:
