@@ -39,8 +39,8 @@ from kvstore.tiers.base import TierStats
 
 logger = logging.getLogger(__name__)
 
-MakeEnd = Callable[[Rows, bool, bool], PipeEnd]
-"""Over rows; told whether it is the server's, and whether it offers rows to the peer."""
+MakeEnd = Callable[[Rows, bool, int | None], PipeEnd]
+"""Over rows; told whether it is the server's, and the memfd they are, where it offers them to the peer."""
 
 _FIELD: Final = "kvstore_peer"
 _PUSH_TO: Final = "kvstore_push_to"
@@ -130,7 +130,8 @@ class HandOverScheduler(OffloadingScheduler):
         self._peers.use(self._planes)
         self._consumers.use(self._planes)
         planes, make_end = self._planes, hand_over.make_end
-        ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server, hand_over.hands_over)}
+        offered = planes.arena.fd if hand_over.hands_over else None
+        ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server, offered)}
         self._buffer = LocalLookupBuffer(planes, lease_s=hand_over.lease_s)
         self._pushes = Pushes(self._buffer, planes, hand_over.transfer_s)
         self._service = LookupService(
@@ -369,9 +370,9 @@ class Peers:
         except KVStoreError as e:
             logger.warning("a request names a producer that cannot be asked: %s", e)
             return None
-        make_end, offers = self._config.make_end, self._offers
+        make_end, offered = self._config.make_end, planes.arena.fd if self._offers and landing is None else None
         peer = RemotePeer(
-            address, client.ask, planes, self._config.transport, lambda rows: make_end(rows, False, offers), landing
+            address, client.ask, planes, self._config.transport, lambda rows: make_end(rows, False, offered), landing
         )
         self._connections[name] = Connection(client, peer)
         return self._connections[name]

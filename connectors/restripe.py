@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Self
 
-
 from kvstore.arena import HostArena
 from kvstore.identity import KVIdentity
 from kvstore.keys import BlockKey

@@ -22,12 +22,15 @@ import torch
 import torch.distributed as dist
 
 from connectors.nccl import NcclEnd
-from connectors.nixl import NixlEnd
+from connectors.nixl import NixlEnd, NixlPipe
+from connectors.nixl_life import ProcessHold
 from connectors.pipe import Pipe, PipeClosedError, PipeEnd, PipeError, PipeProtocolError, PipeTimeoutError
 from connectors.tcp import HEADER, Frame, Hello, Kind, Stream, TcpEnd, TcpPipe, read_hello
 from connectors.testing import PipeTests
 from connectors.testing.pipe import MAX_NBYTES, SLOT_NBYTES, assert_closed, at_once, carry, join, raised
+from kvstore.arena import HostArena
 from kvstore.errors import ConfigError, MissingExtraError
+from tests.pipe_ends import nccl_end, nixl_end, tcp_end
 
 TIMEOUT_S = 30.0
 needs_nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
@@ -35,38 +38,53 @@ every_end = pytest.mark.parametrize("end", [TcpEnd, NcclEnd, pytest.param(NixlEn
 
 
 class TestTcpPipe(PipeTests):
-    end = TcpEnd
+    end = tcp_end
 
 
 class TestNcclPipe(PipeTests):
     """By gloo: NCCL needs a GPU for each end."""
 
-    end = NcclEnd
+    end = nccl_end
 
 
 @needs_nixl
 class TestNixlPipe(PipeTests):
     """By what UCX finds best, which within a host is to copy from the peer's memory."""
 
-    end = NixlEnd
+    end = nixl_end
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def one_process(cls) -> Iterator[None]:
+        """It takes a second to start: it need not for each case."""
+        with contextlib.closing(ProcessHold(is_local=True)):
+            yield
 
 
 @needs_nixl
 @pytest.mark.slow
-class TestNixlPipeByTcp(PipeTests):
+class TestNixlPipeByTcp(TestNixlPipe):
     """As between hosts without InfiniBand."""
 
-    end = NixlEnd
     env: ClassVar = {"UCX_TLS": "tcp"}
-    peers_survive_a_stop = False  # mostly, but see connectors.nixl
 
-    @pytest.fixture(autouse=True)
-    def only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("UCX_TLS", "tcp")
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def one_process(cls) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("UCX_TLS", "tcp")
+            with contextlib.closing(ProcessHold(is_local=True)):
+                yield
 
 
 def make_rows() -> np.ndarray:
     return np.zeros((4, SLOT_NBYTES), dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def offered(num_slots: int, slot_nbytes: int = SLOT_NBYTES) -> Iterator[HostArena]:
+    with contextlib.closing(HostArena(num_slots, slot_nbytes, sharing="memfd")) as arena:
+        yield arena
 
 
 @pytest.fixture
@@ -86,7 +104,9 @@ def pair(end: type[TcpEnd]) -> Iterator[tuple[TcpPipe, TcpPipe]]:
 @every_end
 def test_listens_on_loopback_only(pair: tuple[Pipe, Pipe], end: type[TcpEnd]) -> None:
     with_ends = [end(make_rows(), is_server=is_server) for is_server in (True, False)]
-    listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    processes = [psutil.Process(), *psutil.Process().children()]
+    opened_by = [c for process in processes for c in process.net_connections("inet")]
+    listening = [c.laddr.ip for c in opened_by if c.status == psutil.CONN_LISTEN]
     assert set(listening) == {"127.0.0.1"}
     for opened in with_ends:
         opened.close()
@@ -304,47 +324,48 @@ def test_nixl_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_nixl
-@pytest.mark.parametrize("end", [NixlEnd])
 @pytest.mark.parametrize("slot", [4, -1, 1 << 62])
-def test_slots_that_the_peer_has_not_registered(pair: tuple[TcpPipe, TcpPipe], slot: int) -> None:
-    frame = Frame.of_slots(1, SLOT_NBYTES)
-    pair[0]._out.send(
-        [memoryview(frame.pack()), np.array([slot], dtype="<i8").view(np.uint8).data], time.monotonic() + TIMEOUT_S
-    )
-    with pytest.raises(PipeProtocolError, match="4 slots"):
-        list(pair[1].recv_slots(np.arange(1), TIMEOUT_S))
-    assert_closed(*pair)
+def test_slots_that_the_peer_has_not_registered(slot: int) -> None:
+    parts = [Frame.of_slots(1, SLOT_NBYTES).pack(), np.array([slot], dtype="<i8").tobytes()]
+    with offered(4) as arena:
+        a, b = join(nixl_end(arena, is_server=True), NixlEnd(make_rows(), is_server=False))
+        assert isinstance(a, NixlPipe)
+        a._out.send([memoryview(part) for part in parts], time.monotonic() + TIMEOUT_S)
+        with pytest.raises(PipeProtocolError, match="4 slots"):
+            list(b.recv_slots(np.arange(1), TIMEOUT_S))
+        assert_closed(a, b)
 
 
 @needs_nixl
 @pytest.mark.parametrize("slot_nbytes", [4096, 1 << 20, (1 << 20) + 4096, (5 << 20) + 8192, 9 << 20])
 def test_slots_of_more_than_one_cell(slot_nbytes: int) -> None:
     """They come by way of the landing, which may be smaller than one slot."""
-    rng = np.random.default_rng(0)
-    memories = [rng.integers(0, 256, (7, slot_nbytes), dtype=np.uint8), np.zeros((5, slot_nbytes), dtype=np.uint8)]
-    pipes = join(*(NixlEnd(rows, is_server=i == 0) for i, rows in enumerate(memories)))
     sent, into = np.array([6, 0, 3, 5]), np.array([1, 4, 0, 2])
-    with pipes[0], pipes[1]:
-        came, _ = at_once(
-            lambda: list(pipes[1].recv_slots(into, TIMEOUT_S)), lambda: pipes[0].send_slots(sent, TIMEOUT_S)
-        )
-    assert came == sorted(set(came)) and came[-1] == 4
-    assert np.array_equal(memories[1][into], memories[0][sent])
-    assert not memories[1][3].any()
+    with offered(7, slot_nbytes) as arena:
+        arena.rows[:] = np.random.default_rng(0).integers(0, 256, arena.rows.shape, dtype=np.uint8)
+        rows = np.zeros((5, slot_nbytes), dtype=np.uint8)
+        a, b = join(nixl_end(arena, is_server=True), NixlEnd(rows, is_server=False))
+        with a, b:
+            came, _ = at_once(lambda: list(b.recv_slots(into, TIMEOUT_S)), lambda: a.send_slots(sent, TIMEOUT_S))
+        assert came == sorted(set(came)) and came[-1] == 4
+        assert np.array_equal(rows[into], arena.rows[sent])
+        assert not rows[3].any()
 
 
 @needs_nixl
 def test_an_end_that_offers_nothing() -> None:
     """Its peer is told of no rows, and cannot be sent any; it receives."""
-    rows = [make_rows(), make_rows()]
-    rows[0][:] = 7
-    a, b = join(NixlEnd(rows[0], is_server=True), NixlEnd(rows[1], is_server=False, offers=False))
-    with a, b:
-        at_once(lambda: list(b.recv_slots(np.arange(4), TIMEOUT_S)), lambda: a.send_slots(np.arange(4), TIMEOUT_S))
-        assert (rows[1] == 7).all()
-        assert a._theirs.rows == (0, 0)
-        with pytest.raises(PipeProtocolError, match="offers none"):
-            b.send_slots(np.arange(1), TIMEOUT_S)
+    with offered(4) as arena:
+        arena.rows[:] = 7
+        rows = make_rows()
+        a, b = join(nixl_end(arena, is_server=True), NixlEnd(rows, is_server=False))
+        with a, b:
+            at_once(lambda: list(b.recv_slots(np.arange(4), TIMEOUT_S)), lambda: a.send_slots(np.arange(4), TIMEOUT_S))
+        assert (rows == 7).all()
+        assert isinstance(a, NixlPipe) and a._theirs.rows == (0, 0)
+    a, b = join(*(NixlEnd(make_rows(), is_server=is_server) for is_server in (True, False)))
+    with a, b, pytest.raises(PipeProtocolError, match="offers none"):
+        b.send_slots(np.arange(1), TIMEOUT_S)
 
 
 @needs_nixl

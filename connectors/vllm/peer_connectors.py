@@ -101,11 +101,11 @@ class PeerConnector(KVStoreConnector):
 
     @staticmethod
     @abstractmethod
-    def make_end(rows: Rows, is_server: bool, offers: bool, host: str) -> PipeEnd:
+    def make_end(rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         """A pipe's end.
 
         Args:
-            offers: the peer may take rows.
+            offer_fd: the memfd that rows are, where the peer may take them.
             host: the address that a server's end listens at, and is reached at.
         """
 
@@ -120,7 +120,7 @@ class PeerConnector(KVStoreConnector):
             host = reached_at(mine, keys)
         self._hand_over = HandOverConfig(
             transport=self.transport,
-            make_end=lambda rows, is_server, offers: self.make_end(rows, is_server, offers, host),
+            make_end=lambda rows, is_server, offer_fd: self.make_end(rows, is_server, offer_fd, host),
             listen=mine.listen,
             advertise=mine.advertise,
             keys=keys,
@@ -170,7 +170,7 @@ class KVStoreTcpConnector(PeerConnector):
     transport = "tcp"
 
     @staticmethod
-    def make_end(rows: Rows, is_server: bool, offers: bool, host: str) -> PipeEnd:
+    def make_end(rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         from connectors.tcp import TcpEnd
 
         return TcpEnd(rows, is_server=is_server, listen=host)
@@ -182,7 +182,7 @@ class KVStoreNcclConnector(PeerConnector):
     transport = "nccl"
 
     @staticmethod
-    def make_end(rows: Rows, is_server: bool, offers: bool, host: str) -> PipeEnd:
+    def make_end(rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         from connectors.nccl import NcclEnd
 
         return NcclEnd(rows, is_server=is_server, listen=host)
@@ -194,10 +194,10 @@ class KVStoreNixlConnector(PeerConnector):
     transport = "nixl"
 
     @staticmethod
-    def make_end(rows: Rows, is_server: bool, offers: bool, host: str) -> PipeEnd:
+    def make_end(rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         from connectors.nixl import NixlEnd
 
-        return NixlEnd(rows, is_server=is_server, listen=host, offers=offers)
+        return NixlEnd(rows, is_server=is_server, listen=host, offer_fd=offer_fd)
 
 
 def reached_at(settings: PeerSettings, keys: CurveKeys | None) -> str:

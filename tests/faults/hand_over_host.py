@@ -29,8 +29,9 @@ class Host:
     """Commands; every answer is JSON."""
 
     def start(self, address: str, keys: str, transport: str, load_timeout_s: float) -> dict[str, Any]:
-        def make_end(rows: Rows, is_server: bool, offers: bool) -> PipeEnd:
-            end: PipeEnd = ENDS[transport](rows, is_server=is_server, listen=address)
+        def make_end(rows: Rows, is_server: bool, offer_fd: int | None) -> PipeEnd:
+            offer = {"offer_fd": offer_fd} if transport == "nixl" else {}
+            end: PipeEnd = ENDS[transport](rows, is_server=is_server, listen=address, **offer)
             return end
 
         wide = KVLayout(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from connectors.nccl import NcclEnd
 from connectors.pipe import PipeEnd
 from connectors.testing import PipeTests
-from connectors.testing.pipe import MAX_NBYTES, SLOT_NBYTES, join
-from kvstore.slot import Rows
+from connectors.testing.pipe import MAX_NBYTES, join, make_arena
+from kvstore.arena import HostArena
 
 TIMEOUT_S = 60.0
 pytestmark = pytest.mark.skipif(
@@ -18,9 +17,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def make_end(rows: Rows, *, is_server: bool, max_nbytes: int = MAX_NBYTES) -> PipeEnd:
+def make_end(arena: HostArena, *, is_server: bool, max_nbytes: int = MAX_NBYTES) -> PipeEnd:
     device = torch.device("cuda", 0 if is_server else 1)
-    return NcclEnd(rows, is_server=is_server, max_nbytes=max_nbytes, device=device)
+    return NcclEnd(arena.rows, is_server=is_server, max_nbytes=max_nbytes, device=device)
 
 
 class TestNcclPipeOnGpus(PipeTests):
@@ -30,7 +29,8 @@ class TestNcclPipeOnGpus(PipeTests):
 
 def test_a_tensor_stays_on_the_gpu() -> None:
     """From one device to the other, without a copy in host memory."""
-    ends = [make_end(np.zeros((4, SLOT_NBYTES), dtype=np.uint8), is_server=first) for first in (True, False)]
+    arena = make_arena()
+    ends = [make_end(arena, is_server=first) for first in (True, False)]
     a, b = join(*ends)
     sent = torch.arange(1000, device="cuda:0")
     try:
@@ -39,5 +39,5 @@ def test_a_tensor_stays_on_the_gpu() -> None:
         assert came is not None and came.device == torch.device("cuda", 1)
         assert torch.equal(came.cpu(), sent.cpu())
     finally:
-        for opened in (a, b, *ends):
+        for opened in (a, b, *ends, arena):
             opened.close()

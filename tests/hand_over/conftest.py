@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from connectors.nixl_life import ProcessHold
 from tests.hand_over.peers import ENDS, Engine, Remote, Served
 
 
@@ -15,6 +18,16 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Has what is below use a transport: each in turn."""
     monkeypatch.setattr("tests.hand_over.peers.chosen", request.param)
     return str(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process() -> Iterator[None]:
+    """NIXL's takes a second to start: it need not for each case, nor in a lease's time."""
+    if importlib.util.find_spec("nixl") is None:
+        yield
+        return
+    with contextlib.closing(ProcessHold(is_local=True)):
+        yield
 
 
 @pytest.fixture

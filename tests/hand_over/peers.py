@@ -36,9 +36,9 @@ ENDS: dict[str, Callable[..., PipeEnd]] = {"tcp": TcpEnd, "gloo": NcclEnd, "nixl
 chosen = "tcp"
 
 
-def make_end(rows: Rows, is_server: bool, offers: bool = True) -> PipeEnd:
-    may_not = {} if offers or chosen != "nixl" else {"offers": False}
-    return ENDS[chosen](rows, is_server=is_server, **may_not)
+def make_end(rows: Rows, is_server: bool, offer_fd: int | None) -> PipeEnd:
+    offer = {"offer_fd": offer_fd} if chosen == "nixl" else {}
+    return ENDS[chosen](rows, is_server=is_server, **offer)
 
 
 def store_config(num_blocks: int = NUM_BLOCKS, identity: KVIdentity = IDENTITY, **settings: Any) -> StoreConfig:
@@ -58,10 +58,10 @@ class Served:
 
     def __init__(self, identity: KVIdentity = IDENTITY, num_blocks: int = NUM_BLOCKS, transfer_s: float = 5.0) -> None:
         self.transport = chosen
-        self.planes = Planes(store_config(num_blocks, identity))
+        self.planes = Planes(store_config(num_blocks, identity), shared_arena=True)
         self.buffer = LocalLookupBuffer(self.planes, lease_s=60.0)
-        rows = self.planes.arena.rows
-        ends = {chosen: lambda is_server: make_end(rows, is_server)}
+        arena = self.planes.arena
+        ends = {chosen: lambda is_server: make_end(arena.rows, is_server, arena.fd)}
         self.service = LookupService(self.buffer, self.planes, ends, transfer_s=transfer_s)
         self.server = ControlServer("tcp://127.0.0.1:0", self.service.handle, messages=REQUESTS, keys=None)
 
@@ -86,9 +86,12 @@ class Remote:
         their_ranks: int | None = None,
     ) -> None:
         self.client = ControlClient(address, messages=ANSWERS, keys=None, server_key=None)
-        planes = Planes(store_config(num_blocks, identity))
+        planes = Planes(store_config(num_blocks, identity), shared_arena=True)
         landing = None if their_ranks is None else Landing.of(planes, their_ranks)
-        self.peer = RemotePeer("served", self.client.ask, planes, chosen, lambda rows: make_end(rows, False), landing)
+        fd = planes.arena.fd if landing is None else None
+        self.peer = RemotePeer(
+            "served", self.client.ask, planes, chosen, lambda rows: make_end(rows, False, fd), landing
+        )
         self.buffer = RemoteLookupBuffer(self.peer, planes)
         self.planes = planes
 

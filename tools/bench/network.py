@@ -80,7 +80,7 @@ class Receiver:
 
     def _pipe(self, sender: Child, transport: str, planes: Planes) -> Measure:
         theirs = sender.ask("hello", timeout_s=_START_S, transport=transport)["answer"]
-        end = make_end(transport, planes.arena.rows, is_server=False)
+        end = make_end(transport, planes.arena, is_server=False)
         sender.send("join", transport=transport, hello=end.hello().hex())
         pipe = end.join(bytes.fromhex(theirs), TIMEOUT_S)
         sender.receive(_START_S)

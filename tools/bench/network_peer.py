@@ -6,6 +6,7 @@ Run by `tools.demo_process.Child`; answers JSON lines. `Bare` is used by both en
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +25,6 @@ from kvstore.arena import HostArena
 from kvstore.keys import keys_to_array
 from kvstore.lookup_buffer import LocalLookupBuffer
 from kvstore.planes import Planes
-from kvstore.slot import Rows
 from tools.bench.common import layout_of, random_keys
 from tools.demo_process import serve
 
@@ -32,26 +32,31 @@ SLOT_NBYTES: Final = 368_640
 NUM_SLOTS: Final = (64 << 20) // SLOT_NBYTES
 TIMEOUT_S: Final = 30.0
 LOOPBACK: Final = "127.0.0.1"
+_MOVES: Final = 8  # between two looks at the socket
 
 
 def open_planes() -> Planes:
-    """Memory for just what is sent at once."""
+    """Memory for just what is sent at once; a memfd, as an engine's is."""
     identity = KVIdentity(model="bench", revision="network", layout=layout_of(SLOT_NBYTES))
-    return Planes(StoreConfig(identity=identity, host=HostTierConfig(num_blocks=NUM_SLOTS)))
+    return Planes(StoreConfig(identity=identity, host=HostTierConfig(num_blocks=NUM_SLOTS)), shared_arena=True)
 
 
-def make_end(transport: str, rows: Rows, *, is_server: bool) -> PipeEnd:
+def make_end(transport: str, arena: HostArena, *, is_server: bool) -> PipeEnd:
     if transport == "tcp":
         from connectors.tcp import TcpEnd
 
-        return TcpEnd(rows, is_server=is_server)
+        return TcpEnd(arena.rows, is_server=is_server)
     if transport == "gloo":
         from connectors.nccl import NcclEnd
 
-        return NcclEnd(rows, is_server=is_server)
+        return NcclEnd(arena.rows, is_server=is_server)
     from connectors.nixl import NixlEnd
 
-    return NixlEnd(rows, is_server=is_server)
+    return NixlEnd(arena.rows, is_server=is_server, offer_fd=arena.fd if is_server else None)
+
+
+def _memory() -> HostArena:
+    return HostArena(NUM_SLOTS, SLOT_NBYTES, sharing="memfd")
 
 
 class Bare(Protocol):
@@ -69,7 +74,7 @@ class BareTcp:
 
     def __init__(self, is_server: bool) -> None:
         self._is_server = is_server
-        self._arena = HostArena(NUM_SLOTS, SLOT_NBYTES)
+        self._arena = _memory()
         self._memory = memoryview(self._arena.rows.reshape(-1))  # type: ignore[arg-type]
         self._socket = socket.create_server((LOOPBACK, 0)) if is_server else socket.socket()
 
@@ -103,7 +108,7 @@ class BareGloo:
 
     def __init__(self, is_server: bool) -> None:
         self._is_server = is_server
-        self._tensor = torch.from_numpy(HostArena(NUM_SLOTS, SLOT_NBYTES).rows.reshape(-1))
+        self._tensor = torch.from_numpy(_memory().rows.reshape(-1))
         self._port = 0
         if is_server:
             self._listener = socket.create_server((LOOPBACK, 0))
@@ -143,8 +148,9 @@ class BareNixl:
         os.environ.setdefault("UCX_MODULES", "^ib")
         from nixl._api import nixl_agent, nixl_agent_config
 
-        self._rows = HostArena(NUM_SLOTS, SLOT_NBYTES).rows
-        config = nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
+        self._rows = _memory().rows
+        # a progress thread would turn at both ends, beside the pipe that this is compared with, too
+        config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         self._agent = nixl_agent(f"bare-{'server' if is_server else 'client'}", config)
         self._agent.register_memory([(self._rows.ctypes.data, self._rows.nbytes, 0, "")], "DRAM")
         self._is_server = is_server
@@ -166,6 +172,10 @@ class BareNixl:
 
     def send(self) -> None:
         self._socket.sendall(b"\0")
+        while not _is_readable(self._socket):
+            for _ in range(_MOVES):
+                self._agent.get_new_notifs()  # which moves things on
+        self._socket.recv(1)
 
     def receive(self) -> None:
         self._socket.recv(1)
@@ -177,9 +187,14 @@ class BareNixl:
         handle.release()
         if state != "DONE":
             raise RuntimeError(f"the transfer ended as {state}")
+        self._socket.sendall(b"\0")
 
     def close(self) -> None:
         """With the process."""
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    return bool(select.select([sock], [], [], 0.0)[0])
 
 
 BARE: Final[dict[str, Callable[[bool], Bare]]] = {"tcp": BareTcp, "gloo": BareGloo, "nixl": BareNixl}
@@ -207,7 +222,7 @@ class Sender:
         self._served: Any = None
 
     def hello(self, transport: str) -> str:
-        self._ends[transport] = make_end(transport, self._planes.arena.rows, is_server=True)
+        self._ends[transport] = make_end(transport, self._planes.arena, is_server=True)
         return self._ends[transport].hello().hex()
 
     def join(self, transport: str, hello: str) -> dict[str, Any]:
