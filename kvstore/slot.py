@@ -12,7 +12,8 @@ is an integrity key. This module never decides what to do about a bad slot.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -41,21 +42,8 @@ FOOTER: Final = np.dtype(
         ("trailer_digest", "V16"),
     ]
 )
-_WORD: Final = np.dtype("<u8")
-
-
-def _place(field: str) -> slice:
-    """Of a footer's bytes."""
-    assert FOOTER.fields is not None
-    dtype, offset = FOOTER.fields[field][:2]
-    return slice(offset, offset + dtype.itemsize)
-
-
-_NAMESPACE: Final = _place("namespace")
-_BODY_DIGEST: Final = _place("body_digest")
-_FIXED: Final = np.zeros(FOOTER.itemsize // _WORD.itemsize, dtype=_WORD)  # the bits that are the same in all slots
-for _name in ("magic", "version", "num_keys", "placement", "payload_nbytes"):
-    _FIXED.view(np.uint8)[_place(_name)] = 0xFF
+_FOOTER: Final = struct.Struct("<16s16s16sQQ16s16s")  # the same; its first three fields as one
+assert _FOOTER.size == FOOTER.itemsize
 
 Rows = NDArray[np.uint8]  # (num_slots, slot_nbytes): an arena, or rows like it
 Slots = NDArray[np.int64]  # (n,)
@@ -112,7 +100,8 @@ class SlotCodec:
     def __init__(self, fmt: SlotFormat, integrity_key: bytes | None = None) -> None:
         self.fmt = fmt
         self._digest = _digest_function(integrity_key)
-        self._fixed = np.frombuffer(self._footers(1).tobytes(), dtype=_WORD)
+        head, _, placement, _, payload_nbytes, _, _ = _FOOTER.unpack(self._footers(1).tobytes())
+        self._fixed = (head, placement, payload_nbytes)
 
     def for_format(self, fmt: SlotFormat) -> SlotCodec:
         """The same digests, for slots of another format."""
@@ -140,36 +129,38 @@ class SlotCodec:
 
     def parse(self, trailers: NDArray[np.uint8]) -> Trailers:
         """Read trailers, shape (n, trailer_nbytes), of any origin; never raises for their content."""
-        return self._parse(trailers)[0]
+        raw = trailers.tobytes()
+        return self._parsed(raw, [is_signed for is_signed, _, _ in self._read(raw)])
 
     def verify(self, rows: Rows, slots: Slots, namespace: bytes) -> Trailers:
         """Parse the trailers of ``rows[slots]``; valid where trailer, namespace and body all agree."""
-        body = self.fmt.body_nbytes
-        found, footers = self._parse(rows[slots, body:])
-        valid, numbers = found.valid, slots.tolist()
-        for i in valid.nonzero()[0].tolist():
-            at = i * FOOTER.itemsize
-            valid[i] = (
-                footers[at + _NAMESPACE.start : at + _NAMESPACE.stop] == namespace
-                and self._digest(rows[numbers[i], :body].data)
-                == footers[at + _BODY_DIGEST.start : at + _BODY_DIGEST.stop]
-            )
-        return found
+        body, digest = self.fmt.body_nbytes, self._digest
+        raw = rows[slots, body:].tobytes()
+        valid = [
+            is_signed and space == namespace and digest(rows[slot, :body].data) == body_digest
+            for slot, (is_signed, space, body_digest) in zip(slots.tolist(), self._read(raw), strict=True)
+        ]
+        return self._parsed(raw, valid)
 
-    def _parse(self, trailers: NDArray[np.uint8]) -> tuple[Trailers, bytes]:
-        """And the bytes of the footers: of a few slots, numpy's comparisons would cost more than their digests."""
-        fmt, n, size = self.fmt, len(trailers), trailers.shape[1]
-        trailers = np.ascontiguousarray(trailers)
-        raw = trailers[:, -FOOTER.itemsize :].tobytes()
-        words = np.frombuffer(raw, dtype=_WORD).reshape(n, len(_FIXED))
-        valid = np.logical_and.reduce((words & _FIXED) == self._fixed, axis=1)
-        memory = trailers.reshape(-1).data
-        for i in valid.nonzero()[0].tolist():
-            signed_end, end = (i + 1) * size - DIGEST_NBYTES, (i + 1) * FOOTER.itemsize
-            valid[i] = self._digest(memory[i * size : signed_end]) == raw[end - DIGEST_NBYTES : end]
-        footers = np.frombuffer(bytearray(raw), dtype=FOOTER)
-        keys = trailers[:, : -FOOTER.itemsize].reshape(n, fmt.blocks_per_chunk, KEY_NBYTES)
-        return Trailers(valid, keys, footers["namespace"], footers["generation"], footers["body_digest"]), raw
+    def _read(self, raw: bytes) -> Iterator[tuple[bool, bytes, bytes]]:
+        """Of each trailer: whether it is one of this format that agrees with its digest; its namespace; its body's
+        digest. One by one: of the few slots that come at a time, numpy's calls would cost more than their digests.
+        """
+        size, view = self.fmt.trailer_nbytes, memoryview(raw)
+        for end in range(size, len(raw) + 1, size):
+            head, space, placement, _, payload_nbytes, body_digest, signature = _FOOTER.unpack_from(
+                raw, end - FOOTER.itemsize
+            )
+            is_mine = (head, placement, payload_nbytes) == self._fixed
+            yield is_mine and self._digest(view[end - size : end - DIGEST_NBYTES]) == signature, space, body_digest
+
+    def _parsed(self, raw: bytes, valid: list[bool]) -> Trailers:
+        n = len(valid)
+        trailers = np.frombuffer(bytearray(raw), dtype=np.uint8).reshape(n, self.fmt.trailer_nbytes)
+        keys = trailers[:, : -FOOTER.itemsize].reshape(n, self.fmt.blocks_per_chunk, KEY_NBYTES)
+        footers = trailers[:, -FOOTER.itemsize :].view(FOOTER)[:, 0]
+        is_valid = np.array(valid, dtype=np.bool_)
+        return Trailers(is_valid, keys, footers["namespace"], footers["generation"], footers["body_digest"])
 
     def _footers(self, n: int) -> NDArray[np.void]:
         """With what is the same in all slots of this format."""
