@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from kvstore.errors import ConfigError
+from tools.fitted import Fitted
 
 _PIPE_WIDTH: Final = 200
 UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -34,7 +34,7 @@ def show(data: dict[str, Any], parts: Iterable[RenderableType], *, as_json: bool
         return
     console = results()
     for part in parts:
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, Text) and bool(part.no_wrap))
 
 
 def results() -> Console:
@@ -42,14 +42,11 @@ def results() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Table:
-    """A table; the first ``left`` columns are texts, the others numbers, aligned right."""
-    made = Table(title=Text(printable(title)), title_justify="left")
-    for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i < left else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(printable(str(cell))) for cell in row))
-    return made
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Fitted:
+    """A table; the first ``left`` columns are texts, the others numbers, aligned right. In a narrow terminal
+    `tools.fitted` says what is left out."""
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    return Fitted(printable(title), columns, cells, left)
 
 
 def lines(*texts: str) -> Iterator[Text]:

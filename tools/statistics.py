@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
-from rich.table import Table
+from rich.console import RenderableType
 
 from tools.output import table
 
@@ -162,7 +162,7 @@ def add_block(numbers: dict[tuple[int, str], Accumulator], block: torch.Tensor, 
             numbers[layer, part].add(rows)
 
 
-def statistics_table(statistics: Sequence[PartStatistics]) -> Table:
+def statistics_table(statistics: Sequence[PartStatistics]) -> RenderableType:
     """For people."""
     columns = [name for name in COLUMNS if name != "head" or statistics[0].head is not None]
     return table("", columns, (s.cells() for s in statistics), left=2)

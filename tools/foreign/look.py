@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import torch
 from rich.console import RenderableType
-from rich.table import Table
 
 from kvstore.errors import DamagedFileError, NotStoredError
 from tools.foreign.base import ForeignEntry, ForeignPart, ForeignStore, pieces_of
@@ -59,7 +58,7 @@ def describe_foreign(store: ForeignStore) -> dict[str, Any]:
     return {"tier": store.kind, "path": str(store.path), "description": store.description(), "keys": names}
 
 
-def foreign_table(described: dict[str, Any]) -> Table:
+def foreign_table(described: dict[str, Any]) -> RenderableType:
     """For people."""
     rows = [*described["description"].items(), *(("a key", name) for name in described["keys"])]
     short = ((name, str(value)[:_MAX_VALUE]) for name, value in rows)
