@@ -336,7 +336,7 @@ class NcclEnd(TcpEnd):
         device: torch.device | None = None,
     ) -> None:
         """Raises ConfigError where it cannot listen there, or NCCL is asked for where there is no GPU."""
-        self._device = _check_device(device)
+        self._device = check_device(device)
         super().__init__(rows, is_server=is_server, max_nbytes=max_nbytes, listen=listen)
         self._store_listener = listen_on(listen, backlog=8)
         self._address, port = self._store_listener.getsockname()[:2]
@@ -408,7 +408,8 @@ class NcclEnd(TcpEnd):
         return dist.PrefixStore((mine if is_server else theirs).token.hex(), store)
 
 
-def _check_device(device: torch.device | None) -> torch.device:
+def check_device(device: torch.device | None) -> torch.device:
+    """With its index; the CPU for None. Raises ConfigError where NCCL cannot use it."""
     kind = "cpu" if device is None else str(device.type)
     if kind == "cpu":
         return torch.device("cpu")

@@ -99,9 +99,8 @@ class PeerConnector(KVStoreConnector):
     transport: ClassVar[str]
     _registered: Registration | None = None
 
-    @staticmethod
     @abstractmethod
-    def make_end(rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
+    def make_end(self, rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         """A pipe's end.
 
         Args:
@@ -169,23 +168,32 @@ class KVStoreTcpConnector(PeerConnector):
 
     transport = "tcp"
 
-    @staticmethod
-    def make_end(rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
+    def make_end(self, rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         from connectors.tcp import TcpEnd
 
         return TcpEnd(rows, is_server=is_server, listen=host)
 
 
 class KVStoreNcclConnector(PeerConnector):
-    """Hands KV over by torch.distributed."""
+    """Hands KV over by torch.distributed.
+
+    ``device`` in ``kv_connector_extra_config``: a CUDA device, by whose memory NCCL moves blocks; by default
+    gloo, from host memory to host memory. The same kind at both ends.
+    """
 
     transport = "nccl"
+    _device: torch.device | None = None
 
-    @staticmethod
-    def make_end(rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
+    def configure(self, identity: KVIdentity, extra: Mapping[str, Any]) -> None:
+        others = dict(extra)
+        with named_in(EXTRA_CONFIG):
+            self._device = _device_of(others.pop("device", None))
+        super().configure(identity, others)
+
+    def make_end(self, rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         from connectors.nccl import NcclEnd
 
-        return NcclEnd(rows, is_server=is_server, listen=host)
+        return NcclEnd(rows, is_server=is_server, listen=host, device=self._device)
 
 
 class KVStoreNixlConnector(PeerConnector):
@@ -193,11 +201,25 @@ class KVStoreNixlConnector(PeerConnector):
 
     transport = "nixl"
 
-    @staticmethod
-    def make_end(rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
+    def make_end(self, rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         from connectors.nixl import NixlEnd
 
         return NixlEnd(rows, is_server=is_server, listen=host, offer_fd=offer_fd)
+
+
+def _device_of(setting: object) -> torch.device | None:
+    """Raises ConfigError: it is no CUDA device, or NCCL cannot be used here."""
+    from connectors.nccl import check_device
+
+    if setting is None:
+        return None
+    try:
+        device = torch.device(setting) if isinstance(setting, str) else None
+    except RuntimeError:
+        device = None
+    if device is None or device.type != "cuda":
+        raise ConfigError(f"device: {setting!r}; give a CUDA device like 'cuda' or 'cuda:1', or leave it out for gloo")
+    return check_device(device)
 
 
 def reached_at(settings: PeerSettings, keys: CurveKeys | None) -> str:

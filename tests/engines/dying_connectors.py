@@ -40,18 +40,15 @@ def _dying(end: PipeEnd) -> PipeEnd:
 
 
 class DyingTcpConnector(KVStoreTcpConnector):
-    @staticmethod
-    def make_end(*arguments: Any) -> PipeEnd:
-        return _dying(KVStoreTcpConnector.make_end(*arguments))
+    def make_end(self, *arguments: Any) -> PipeEnd:
+        return _dying(super().make_end(*arguments))
 
 
 class DyingNcclConnector(KVStoreNcclConnector):
-    @staticmethod
-    def make_end(*arguments: Any) -> PipeEnd:
-        return _dying(KVStoreNcclConnector.make_end(*arguments))
+    def make_end(self, *arguments: Any) -> PipeEnd:
+        return _dying(super().make_end(*arguments))
 
 
 class DyingNixlConnector(KVStoreNixlConnector):
-    @staticmethod
-    def make_end(*arguments: Any) -> PipeEnd:
-        return _dying(KVStoreNixlConnector.make_end(*arguments))
+    def make_end(self, *arguments: Any) -> PipeEnd:
+        return _dying(super().make_end(*arguments))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from connectors.curve_keys import CurveKeys, generate
 from connectors.testing import IDENTITY
@@ -316,6 +317,27 @@ def test_one_rank_to_two_and_back(
     assert cached(answers) == [blocks(n) for n in LENGTHS[:2]]
     wait_until(lambda: is_idle(of_two))
     of_two.stop()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cpu", "kv_connector_extra_config.device: 'cpu'; give a CUDA device"),
+        (0, "kv_connector_extra_config.device: 0; give a CUDA device"),
+        ("gpu", "kv_connector_extra_config.device: 'gpu'; give a CUDA device"),
+        pytest.param(
+            "cuda",
+            "kv_connector_extra_config.device: .*NCCL cannot be used; leave device out to use gloo",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+        ),
+    ],
+    ids=str,
+)
+def test_a_device_that_nccl_cannot_use(device: object, message: str) -> None:
+    from connectors.vllm import KVStoreNcclConnector
+
+    with pytest.raises(ConfigError, match=message):
+        object.__new__(KVStoreNcclConnector).configure(IDENTITY, {"num_cpu_blocks": 8, "device": device})
 
 
 def test_a_server_that_listens_everywhere_says_where_it_is_reached(tmp_path: Path) -> None:
