@@ -44,6 +44,7 @@ STEP_NBYTES: Final = 1 << 20  # slots are reported after about so many bytes
 TOKEN_NBYTES: Final = 32
 _BUFFER_NBYTES: Final = 4 << 20  # the kernel gives what net.core.*mem_max allows
 _IOV_MAX: Final = 1024
+_WAITALL: Final = int(socket.MSG_WAITALL)  # or-ed for each megabyte: an enum's is a call
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))  # seconds, tries
 _TIMEVAL: Final = struct.Struct("@ll")  # seconds, microseconds
 _MAX_STRANGERS: Final = 16
@@ -283,7 +284,7 @@ class Stream:
         with self._in_use:
             while first < len(parts):
                 try:
-                    flags = self._flags(socket.SO_RCVTIMEO, deadline) | socket.MSG_WAITALL
+                    flags = self._flags(socket.SO_RCVTIMEO, deadline) | _WAITALL
                     n = self._sock.recvmsg_into(parts[first : first + _IOV_MAX], 0, flags)[0]
                 except BlockingIOError:
                     raise PipeTimeoutError("the deadline has passed") from None
@@ -329,7 +330,7 @@ class Stream:
         """Have the next call wait until then; for one that must not wait at all there is a flag."""
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            return socket.MSG_DONTWAIT
+            return int(socket.MSG_DONTWAIT)
         seconds, fraction = divmod(left_s, 1)
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), int(fraction * 1e6) or 1))
         return 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -80,13 +80,36 @@ class SlotFormat:
 
 @dataclass(frozen=True, slots=True)
 class Trailers:
-    """Parsed trailers of n slots; ``valid[i]`` says whether the others mean anything at i."""
+    """Parsed trailers of n slots; ``valid[i]`` says whether the others mean anything at i.
+
+    Args:
+        raw: all their bytes.
+    """
 
     valid: NDArray[np.bool_]  # (n,)
-    keys: KeyArray
-    namespaces: NDArray[np.void]  # (n,) V16
-    generations: NDArray[np.uint64]  # (n,)
-    body_digests: NDArray[np.void]  # (n,) V16
+    raw: bytes
+    blocks_per_chunk: int
+
+    @property
+    def keys(self) -> KeyArray:
+        n = len(self.valid)
+        return self._rows()[:, : -FOOTER.itemsize].reshape(n, self.blocks_per_chunk, KEY_NBYTES)
+
+    @property
+    def namespaces(self) -> NDArray[np.void]:
+        """Shape (n,), V16."""
+        return self._footers()["namespace"]
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """Shape (n,)."""
+        return self._footers()["generation"]
+
+    def _rows(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self.raw, dtype=np.uint8).reshape(len(self.valid), -1 if self.raw else FOOTER.itemsize)
+
+    def _footers(self) -> NDArray[np.void]:
+        return self._rows()[:, -FOOTER.itemsize :].copy().view(FOOTER)[:, 0]
 
 
 class SlotCodec:
@@ -127,40 +150,33 @@ class SlotCodec:
         trailers[:, -DIGEST_NBYTES:] = digests.view(np.uint8).reshape(-1, DIGEST_NBYTES)
         rows[slots, body:] = trailers
 
+    # Slots one by one, and arrays only of what is asked for: of the few slots that come at a time, numpy's calls
+    # would cost more than the digests
+
     def parse(self, trailers: NDArray[np.uint8]) -> Trailers:
         """Read trailers, shape (n, trailer_nbytes), of any origin; never raises for their content."""
-        raw = trailers.tobytes()
-        return self._parsed(raw, [is_signed for is_signed, _, _ in self._read(raw)])
+        raw, size = trailers.tobytes(), self.fmt.trailer_nbytes
+        valid = [self._read(raw[at : at + size])[0] for at in range(0, len(raw), size)]
+        return Trailers(np.array(valid, dtype=np.bool_), raw, self.fmt.blocks_per_chunk)
 
     def verify(self, rows: Rows, slots: Slots, namespace: bytes) -> Trailers:
         """Parse the trailers of ``rows[slots]``; valid where trailer, namespace and body all agree."""
-        body, digest = self.fmt.body_nbytes, self._digest
-        raw = rows[slots, body:].tobytes()
-        valid = [
-            is_signed and space == namespace and digest(rows[slot, :body].data) == body_digest
-            for slot, (is_signed, space, body_digest) in zip(slots.tolist(), self._read(raw), strict=True)
-        ]
-        return self._parsed(raw, valid)
+        body = self.fmt.body_nbytes
+        trailers, valid = [], []
+        for slot in slots.tolist():
+            row = rows[slot].data
+            trailers.append(bytes(row[body:]))
+            is_signed, space, digest = self._read(trailers[-1])
+            valid.append(is_signed and space == namespace and self._digest(row[:body]) == digest)
+        return Trailers(np.array(valid, dtype=np.bool_), b"".join(trailers), self.fmt.blocks_per_chunk)
 
-    def _read(self, raw: bytes) -> Iterator[tuple[bool, bytes, bytes]]:
-        """Of each trailer: whether it is one of this format that agrees with its digest; its namespace; its body's
-        digest. One by one: of the few slots that come at a time, numpy's calls would cost more than their digests.
-        """
-        size, view = self.fmt.trailer_nbytes, memoryview(raw)
-        for end in range(size, len(raw) + 1, size):
-            head, space, placement, _, payload_nbytes, body_digest, signature = _FOOTER.unpack_from(
-                raw, end - FOOTER.itemsize
-            )
-            is_mine = (head, placement, payload_nbytes) == self._fixed
-            yield is_mine and self._digest(view[end - size : end - DIGEST_NBYTES]) == signature, space, body_digest
-
-    def _parsed(self, raw: bytes, valid: list[bool]) -> Trailers:
-        n = len(valid)
-        trailers = np.frombuffer(bytearray(raw), dtype=np.uint8).reshape(n, self.fmt.trailer_nbytes)
-        keys = trailers[:, : -FOOTER.itemsize].reshape(n, self.fmt.blocks_per_chunk, KEY_NBYTES)
-        footers = trailers[:, -FOOTER.itemsize :].view(FOOTER)[:, 0]
-        is_valid = np.array(valid, dtype=np.bool_)
-        return Trailers(is_valid, keys, footers["namespace"], footers["generation"], footers["body_digest"])
+    def _read(self, trailer: bytes) -> tuple[bool, bytes, bytes]:
+        """Whether it is one of this format that agrees with its digest; its namespace; its body's digest."""
+        head, space, placement, _, payload_nbytes, body_digest, signature = _FOOTER.unpack_from(
+            trailer, len(trailer) - FOOTER.itemsize
+        )
+        is_mine = (head, placement, payload_nbytes) == self._fixed
+        return is_mine and self._digest(memoryview(trailer)[:-DIGEST_NBYTES]) == signature, space, body_digest
 
     def _footers(self, n: int) -> NDArray[np.void]:
         """With what is the same in all slots of this format."""
