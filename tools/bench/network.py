@@ -20,16 +20,19 @@ import numpy as np
 from connectors.control import ControlClient
 from connectors.lookup_messages import ANSWERS, Select, Selected
 from connectors.pipe import Pipe
+from connectors.receive import receive_verified
+from kvstore.keys import keys_to_array
 from kvstore.planes import Planes
 from kvstore.slot import Slots
 from tools.bench.common import Figure, Measure, Row, Scale, random_keys, rate_of
-from tools.bench.network_peer import BARE, NUM_SLOTS, SLOT_NBYTES, TIMEOUT_S, make_end, open_planes
+from tools.bench.network_peer import BARE, KEYS, NUM_SLOTS, SLOT_NBYTES, TIMEOUT_S, make_end, open_planes
 from tools.demo_process import Child, serve
 
 _START_S: Final = 120.0
 _MISSES: Final = 500
 _AT_ONCE: Final = 64
 _KEYS: Final = 256
+_KEY_ARRAY: Final = keys_to_array(KEYS)
 # transport, what it is called, environment of both ends, floor, what is bare
 _PIPES: Final[tuple[tuple[str, str, dict[str, str], float, str], ...]] = (
     ("tcp", "TCP pipe", {}, 0.85, "sendmsg and recv_into of the same memory"),
@@ -112,12 +115,10 @@ class Receiver:
 
 
 def _receive(pipe: Pipe, planes: Planes, slots: Slots) -> None:
-    """All slots; each is verified while the next ones are under way: they come by way of the kernel, or of UCX."""
-    done = 0
-    for n in pipe.recv_slots(slots, TIMEOUT_S):
-        if not planes.codec.verify(planes.arena.rows, slots[done:n], planes.current()[1]).valid.all():
-            raise RuntimeError("what came does not verify")
-        done = n
+    """As a consumer does."""
+    deadline, namespace = time.monotonic() + TIMEOUT_S, planes.current()[1]
+    if not receive_verified(pipe, planes.codec, planes.arena.rows, slots, _KEY_ARRAY, namespace, deadline).all():
+        raise RuntimeError("what came does not verify")
 
 
 def _misses(path: Path, rounds: int) -> Iterator[Row]:

@@ -22,14 +22,15 @@ from connectors.lookup_service import LookupService
 from connectors.pipe import Pipe, PipeEnd
 from kvstore import HostTierConfig, KVIdentity, StoreConfig
 from kvstore.arena import HostArena
-from kvstore.keys import keys_to_array
+from kvstore.keys import BlockKey
 from kvstore.lookup_buffer import LocalLookupBuffer
 from kvstore.planes import Planes
-from tools.bench.common import layout_of, random_keys
+from tools.bench.common import layout_of
 from tools.demo_process import serve
 
 SLOT_NBYTES: Final = 368_640
 NUM_SLOTS: Final = (64 << 20) // SLOT_NBYTES
+KEYS: Final = [BlockKey.of(i.to_bytes(32, "little")) for i in range(NUM_SLOTS)]
 TIMEOUT_S: Final = 30.0
 LOOPBACK: Final = "127.0.0.1"
 _MOVES: Final = 8  # between two looks at the socket
@@ -213,9 +214,7 @@ class Sender:
         rows = self._planes.arena.rows
         rows[:] = rng.integers(0, 256, rows.shape, dtype=np.uint8)
         self._slots = np.arange(NUM_SLOTS)
-        keys = keys_to_array(random_keys(NUM_SLOTS))[:, None, :]
-        generations = np.zeros(NUM_SLOTS, dtype=np.uint64)
-        self._planes.codec.seal(rows, self._slots, keys, self._planes.current()[1], generations)
+        self._planes.seal(self._slots, KEYS)
         self._ends: dict[str, PipeEnd] = {}
         self._pipes: dict[str, Pipe] = {}
         self._bare: dict[str, Bare] = {}
