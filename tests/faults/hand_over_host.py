@@ -9,7 +9,8 @@ from typing import Any
 
 from connectors.base import Stripe
 from connectors.curve_keys import CurveKeys
-from connectors.hand_over import HandOverConfig, HandOverScheduler
+from connectors.hand_over import HandOverScheduler
+from connectors.hand_over_told import HandOverConfig
 from connectors.nccl import NcclEnd
 from connectors.nixl import NixlEnd
 from connectors.offloading import OffloadingWorker

@@ -10,7 +10,8 @@ import torch
 
 from connectors.base import Stripe
 from connectors.control import ControlClient, ControlServer
-from connectors.hand_over import HandOverConfig, HandOverScheduler
+from connectors.hand_over import HandOverScheduler
+from connectors.hand_over_told import HandOverConfig
 from connectors.lookup_messages import ANSWERS, REQUESTS
 from connectors.lookup_service import LookupService
 from connectors.nccl import NcclEnd

@@ -13,7 +13,8 @@ import torch
 
 from connectors.control import ControlRefusedError
 from connectors.curve_keys import CurveKeys, generate
-from connectors.hand_over import HandOverConfig, HandOverScheduler
+from connectors.hand_over import HandOverScheduler
+from connectors.hand_over_told import HandOverConfig
 from connectors.pipe import Pipe, PipeClosedError
 from connectors.restripe import Restripe
 from connectors.testing import IDENTITY, make_keys
