@@ -86,10 +86,10 @@ class Lane:
         elif end is not None:
             end.close()
 
-    def close(self) -> bool:
-        """End it and join its thread; False: that has not returned yet."""
+    def close(self, timeout_s: float) -> bool:
+        """End it and join its thread; False: that has not returned yet. Not to be called by it."""
         self.end()
-        return self._pool.close(_CLOSE_S)
+        return self._pool.close(timeout_s)
 
     def _join(self, peer_hello: bytes) -> None:
         end = self._end_of_pipe
@@ -139,6 +139,7 @@ class Lanes:
     def add(self, peer: str) -> Lane:
         """Raises ControlRefusedError: there are too many."""
         self._take_out(lambda lane: lane.is_over)
+        self._join_ended(0.0)
         with self._lock:
             if len(self._lanes) + len(self._ending) >= MOST_PIPES:
                 raise ControlRefusedError(f"{MOST_PIPES} pipes are open")
@@ -156,14 +157,14 @@ class Lanes:
     def end_dead(self) -> None:
         """Give back what belongs to lanes that are over; waits for their threads a little."""
         self._take_out(lambda lane: lane.is_over)
-        self._join_ended()
+        self._join_ended(_CLOSE_S)
 
     def end_all_of(self, peer: str) -> None:
         self._take_out(lambda lane: lane.peer == peer)
 
     def close(self) -> None:
         self._take_out(lambda _: True)
-        self._join_ended()
+        self._join_ended(_CLOSE_S)
 
     def _take_out(self, is_over: Callable[[Lane], bool]) -> None:
         with self._lock:
@@ -172,12 +173,12 @@ class Lanes:
                 del self._lanes[lane.number]
             self._ending += ended
         for lane in ended:
-            lane.end()
+            lane.close(0.0)  # its thread ends by itself
 
-    def _join_ended(self) -> None:
+    def _join_ended(self, timeout_s: float) -> None:
         with self._lock:
             ending = list(self._ending)
         for lane in ending:
-            if lane.close():
-                with self._lock:
+            if lane.close(timeout_s):
+                with self._lock, suppress(ValueError):  # by another thread
                     self._ending.remove(lane)
