@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from urllib.parse import urlsplit
 
 import torch
@@ -27,11 +27,15 @@ from connectors.hand_over_told import HandOverConfig
 from connectors.offloading import OffloadingWorker
 from connectors.pipe import PipeEnd
 from connectors.registration import LEASE_S, Joins, PeerAddress, Registration, Role, read_secret
+from connectors.tcp import is_loopback
 from connectors.vllm.connector import KVStoreConnector
 from connectors.vllm.settings import EXTRA_CONFIG, Settings, named_in
 from kvstore.errors import ConfigError
 from kvstore.identity import KVIdentity
 from kvstore.slot import Rows
+
+if TYPE_CHECKING:
+    from connectors.nixl_life import ProcessHold
 
 _GIB: Final = 1 << 30
 _NOT_HERE: Final = (  # tiers belong to a connector beside this one, and a block is what is handed over
@@ -98,6 +102,7 @@ class PeerConnector(KVStoreConnector):
     """
 
     transport: ClassVar[str]
+    _host: str
     _registered: Registration | None = None
 
     @abstractmethod
@@ -117,7 +122,7 @@ class PeerConnector(KVStoreConnector):
             )
             keys = CurveKeys.load(Path(mine.keys_path)) if mine.keys_path is not None else None
             self._register = None if mine.register_at is None else self._registration(mine)
-            host = reached_at(mine, keys)
+            self._host = host = reached_at(mine, keys)
         self._hand_over = HandOverConfig(
             transport=self.transport,
             make_end=lambda rows, is_server, offer_fd: self.make_end(rows, is_server, offer_fd, host),
@@ -198,9 +203,23 @@ class KVStoreNcclConnector(PeerConnector):
 
 
 class KVStoreNixlConnector(PeerConnector):
-    """Hands KV over by one-sided reads of NIXL."""
+    """Hands KV over by one-sided reads of NIXL, in a process that runs as long as this server."""
 
     transport = "nixl"
+    _hold: ProcessHold | None = None
+
+    def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:
+        """Raises MissingExtraError where NIXL is not installed."""
+        from connectors.nixl_life import ProcessHold
+
+        self._hold = ProcessHold(is_local=is_loopback(self._host))
+        return super().make_scheduler(num_workers, windows)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
 
     def make_end(self, rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         from connectors.nixl import NixlEnd
