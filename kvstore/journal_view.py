@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvstore.journal import (
-    MOVE_ID_NBYTES,
     Asked,
     Closed,
     Ended,
@@ -26,8 +24,8 @@ from kvstore.journal import (
     Opened,
     Reset,
     Sample,
-    move_ids,
 )
+from kvstore.journal_entries import NO_NODE, End, Move, Moves, Request, TierSample
 from kvstore.keys import BLOCK_HASH_NBYTES
 from kvstore.process import is_running
 
@@ -35,66 +33,8 @@ MAX_NODES: Final = 1 << 22
 MAX_REQUESTS: Final = 1 << 20
 MAX_MOVES: Final = 1 << 25
 MAX_SAMPLES: Final = 1 << 18
-NO_NODE: Final = -1
 _SILENT_S: Final = 60.0  # of a process whose samples come more often
 Life = Literal["on", "silent", "ended"]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request's lookup; see `kvstore.journal.Asked`.
-
-    Attributes:
-        last: node of the prompt's last full block; `NO_NODE`: it has none that is known.
-        num_blocks: full blocks of the prompt.
-    """
-
-    t_ns: int
-    pid: int
-    request_id: str
-    tenant: str
-    adapter: str
-    namespace: bytes
-    num_tokens: int
-    num_blocks: int
-    last: int
-    hits: dict[str, int]
-    waited_s: float
-    is_late: bool
-
-    @property
-    def num_hits(self) -> int:
-        """Leading blocks that were found."""
-        return min(self.num_blocks, sum(self.hits.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """A request that is over; ``last``: node of the last block that it stored, of its prompt or generated."""
-
-    request_id: str
-    tenant: str
-    namespace: bytes
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """The last that happened to a block in a tier, as one process tells it; ``why`` is empty where it came in."""
-
-    t_ns: int
-    why: str
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class TierSample:
-    """One tier's numbers, as `kvstore.journal.Sample` has them."""
-
-    t_ns: int
-    pid: int
-    tier: str
-    numbers: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -103,38 +43,6 @@ class _Writer:
 
     opened: Opened
     namespace: bytes
-
-
-class _Moves:
-    """What came and went in one tier: numbers of keys in order, and which move each belongs to."""
-
-    def __init__(self) -> None:
-        self._parts: list[NDArray[np.uint64]] = []
-        self._moves: list[Move] = []
-        self._sorted: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
-
-    def add(self, ids: bytes, move: Move) -> int:
-        part = np.frombuffer(ids[: len(ids) // MOVE_ID_NBYTES * MOVE_ID_NBYTES], dtype="<u8")
-        self._parts.append(part)
-        self._moves.append(move)
-        return len(part)
-
-    def last(self, key: bytes, until_ns: int | None = None) -> Move | None:
-        if self._sorted is None:
-            ids = np.concatenate(self._parts)
-            which = np.repeat(np.arange(len(self._parts)), [len(part) for part in self._parts])
-            order = np.lexsort((which, ids))
-            self._sorted = ids[order], which[order]
-            self._parts = []
-        ids, which = self._sorted
-        (number,) = move_ids(key)
-        at = int(np.searchsorted(ids, number, side="right")) - 1
-        while at >= 0 and ids[at] == number:
-            move = self._moves[int(which[at])]
-            if until_ns is None or move.t_ns <= until_ns:
-                return move
-            at -= 1
-        return None
 
 
 @dataclass(slots=True)
@@ -166,7 +74,7 @@ class JournalView:
     closed: set[int] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     _nodes: dict[bytes, int] = field(default_factory=dict)
-    _moves: dict[tuple[str, int], _Moves] = field(default_factory=dict)
+    _moves: dict[tuple[str, int], Moves] = field(default_factory=dict)
     _life: dict[int, Life] = field(default_factory=dict)
 
     @classmethod
@@ -353,7 +261,7 @@ class JournalView:
             case Sample() if len(self.samples) < MAX_SAMPLES:
                 self.samples += [TierSample(record.t_ns, pid, tier, n) for tier, n in record.tiers.items()]
             case Moved() if self.num_moves < MAX_MOVES:
-                moves = self._moves.setdefault((record.tier, pid), _Moves())
+                moves = self._moves.setdefault((record.tier, pid), Moves())
                 self.num_moves += moves.add(record.ids, Move(record.t_ns, record.why, pid))
             case Asked() if len(self.requests) < MAX_REQUESTS:
                 self._add_request(record, writer)

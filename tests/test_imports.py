@@ -26,7 +26,7 @@ LAYERS = {
     "tiers": "tiers",
     "decisions": "manager promotion write_behind journal_writer io_messages io_service io_connection io_client"
     " io_process planes store lookup_buffer metrics",
-    "for others": "prefix_file export journal_view testing",
+    "for others": "prefix_file export journal_entries journal_view testing",
 }
 # The control plane knows keys and slots and never touches payload.
 CONTROL_PLANE = "allocator index policy slot_table manager"

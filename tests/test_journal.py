@@ -31,7 +31,8 @@ from kvstore.journal import (
     move_ids,
     segments,
 )
-from kvstore.journal_view import NO_NODE, JournalView
+from kvstore.journal_entries import NO_NODE
+from kvstore.journal_view import JournalView
 from kvstore.journal_writer import JournalWriter, PromptLookup, tenant_digest
 from tests.small import IDENTITY, small_blocks, small_config, small_keys
 

@@ -9,7 +9,8 @@ from itertools import chain
 from typing import Any, Final
 
 from kvstore.errors import ConfigError, NotStoredError
-from kvstore.journal_view import JournalView, Request
+from kvstore.journal_entries import Request
+from kvstore.journal_view import JournalView
 from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog

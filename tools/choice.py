@@ -11,7 +11,8 @@ from typing import Final
 
 from connectors.vllm_block_hash import prompt_keys as vllm_keys
 from kvstore.errors import ConfigError, KeyFormatError, NotStoredError
-from kvstore.journal_view import JournalView, Request
+from kvstore.journal_entries import Request
+from kvstore.journal_view import JournalView
 from kvstore.keys import BlockKey, hash_blocks
 from kvstore.stored_format import StoredFormat
 from kvstore.strict_json import parse_json

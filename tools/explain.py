@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from kvstore.errors import ConfigError
-from kvstore.journal_view import JournalView, Move, Request
+from kvstore.journal_entries import Move, Request
+from kvstore.journal_view import JournalView
 from kvstore.keys import BlockKey
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog

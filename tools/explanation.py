@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from kvstore.journal_view import Request
+from kvstore.journal_entries import Request
 from tools.ls import problem_lines
 from tools.output import age, lines, table
 

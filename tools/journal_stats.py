@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.journal_view import NO_NODE, JournalView, Request
+from kvstore.journal_entries import NO_NODE, Request
+from kvstore.journal_view import JournalView
 from tools.output import age, size
 
 TIERS: Final = ("device", "host", "disk", "shared")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvstore.errors import ConfigError
-from kvstore.journal_view import NO_NODE, JournalView
+from kvstore.journal_entries import NO_NODE
+from kvstore.journal_view import JournalView
 from kvstore.keys import BLOCK_HASH_NBYTES
 from kvstore.tiers.catalog import Catalog
 from tools.blocks import Place, formats_of, places

@@ -17,7 +17,8 @@ from rich.console import RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from kvstore.journal_view import NO_NODE, JournalView
+from kvstore.journal_entries import NO_NODE
+from kvstore.journal_view import JournalView
 from kvstore.keys import BLOCK_HASH_NBYTES
 from tools.blocks import places
 from tools.journal_stats import last_used

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kvstore.errors import ConfigError
-from kvstore.journal_view import JournalView, Request, TierSample
+from kvstore.journal_entries import Request, TierSample
+from kvstore.journal_view import JournalView
 from tools.figures import label, legend_beside, new_figure
 from tools.journal_stats import TIERS, Windows, windows
 from tools.output import size

@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 
 from kvstore.errors import ConfigError
 from kvstore.journal import is_journal
-from kvstore.journal_view import JournalView, TierSample
+from kvstore.journal_entries import TierSample
+from kvstore.journal_view import JournalView
 from tools import journal_stats
 from tools.journal_stats import TierUse, tier_uses
 from tools.output import age, lines, no_progress, printable, size, table

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvstore.journal_view import JournalView, Request
+from kvstore.journal_entries import Request
+from kvstore.journal_view import JournalView
 from kvstore.journal_writer import tenant_digest
 from kvstore.keys import BlockKey
 from tests.engines.engine import (
