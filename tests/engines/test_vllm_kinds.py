@@ -60,6 +60,7 @@ KINDS = {
     "sliding": Kind(make_sliding),
     # vLLM's CPU kernel for it gives other last digits for a prefix from its own cache, too
     "latent": Kind(make_latent, block_size=16, settings=LATENT, tolerance=0.3),
+    "latent by AMX": Kind(make_latent, block_size=128, settings={"dtype": "bfloat16"}, tolerance=0.3),
     "fp8": Kind(make_llama, settings={"kv_cache_dtype": "fp8"}),
     "ngram": Kind(make_llama, settings={"speculative_config": NGRAM}, repeats=True),
 }
@@ -73,7 +74,11 @@ class Running:
     cold: list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+HAS_AMX = torch.cpu._is_amx_tile_supported()
+NEEDS_AMX = pytest.mark.skipif(not HAS_AMX, reason="needs a processor with AMX")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=NEEDS_AMX if "AMX" in name else ()) for name in KINDS])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     kind = KINDS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
