@@ -288,7 +288,7 @@ class NcclPipe(TcpPipe):
         """The same numbers of rows at both ends, in parts that lie in one piece here and there.
 
         Yields:
-            How many slots are done with the next megabyte or so, and its parts.
+            How many slots are done with the next megabytes, and its parts.
         """
         is_cut = np.unpackbits(np.frombuffer(cuts, np.uint8) | np.frombuffer(their_cuts, np.uint8), count=len(slots))
         starts = np.flatnonzero(is_cut).tolist()

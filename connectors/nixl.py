@@ -26,15 +26,14 @@ from __future__ import annotations
 import hmac
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from connectors.nixl_arrival import Arrival
 from connectors.nixl_client import AgentClient
 from connectors.nixl_messages import BOUNCE_NBYTES, Address, Cells, Landed, Meet, NumSlots, Open, Waits
 from connectors.pipe import MAX_NBYTES, PipeClosedError, PipeProtocolError
@@ -48,14 +47,12 @@ from connectors.tcp import (
     TcpPipe,
     is_loopback,
     read_hello,
-    runs_of,
     seconds_left,
 )
 from kvstore.arena import HostArena
 from kvstore.errors import ConfigError
 from kvstore.slot import Rows, Slots
 
-_TOLD_NBYTES: Final = 2 << 20  # slots are reported after about so many bytes
 _MOST_CELLS: Final = 1 << 24
 _LOOK_S: Final = 0.05  # whether the peer is still there
 
@@ -134,15 +131,15 @@ class NixlPipe(TcpPipe):
         if len(theirs) and not 0 <= theirs.min() <= theirs.max() < self._theirs.rows[1]:
             raise PipeProtocolError(f"the peer offers {self._theirs.rows[1]} slots, but sends others")
         self._has_asked = False
-        arrival, come = _Arrival(self._rows, slots, self._arena.rows[1], theirs), 0
+        arrival, come = Arrival(self._rows, slots, self._arena.rows[1], theirs), 0
         arrival.begin(self._agent, deadline)
         while arrival.under_way:
             for _ in range(self._landed(len(arrival.under_way), deadline)):
-                whole = arrival.copy_out()
+                for whole in arrival.copy_out():
+                    if whole > come:
+                        come = whole
+                        yield come
                 arrival.begin(self._agent, deadline)
-                if (whole - come) * self._slot_nbytes >= _TOLD_NBYTES or whole == len(slots) > come:
-                    come = whole
-                    yield come
 
     def _read_bounce(self, nbytes: int, deadline: float) -> None:
         self._has_asked = False
@@ -178,56 +175,6 @@ class NixlPipe(TcpPipe):
             frame = self._recv_frame(self._out, deadline)
             self._agent.rest(deadline)
         frame.expect(Kind.ACK)
-
-
-class _Arrival:
-    """Slots on their way from the peer into rows: read by transfers into places of the landing, and copied out.
-
-    Of their cells, [0, copied) are in their rows, [copied, begun) under way, and the rest is not asked for.
-
-    Attributes:
-        under_way: [first, end) of each transfer's cells, and its place; the oldest first.
-    """
-
-    def __init__(self, rows: Rows, slots: Slots, landing: NDArray[np.uint8], theirs: Slots) -> None:
-        self._cells = cells = Cells.of(rows.shape[1])
-        self._rows, self._slots = rows, slots
-        self._landing = landing[: cells.num_landing * cells.nbytes].reshape(cells.num_landing, cells.nbytes)
-        self._of, self._begun = cells.numbers(theirs), 0
-        places = range(0, cells.num_landing - cells.per_transfer + 1, cells.per_transfer)
-        self._free = list(places)  # last in, first out: that is still in the cache
-        self.under_way: deque[tuple[int, int, int]] = deque()
-
-    def begin(self, agent: AgentClient, deadline: float) -> None:
-        """As many transfers as there are places for."""
-        while self._free and self._begun < len(self._of):
-            first, at = self._begun, self._free.pop()
-            end = min(first + self._cells.per_transfer, len(self._of))
-            agent.read_cells(self._cells.landing(first, end, at), self._of[first:end], deadline)
-            self.under_way.append((first, end, at))
-            self._begun = end
-
-    def copy_out(self) -> int:
-        """The oldest transfer, which is done; how many leading slots are whole by then."""
-        first, end, at = self.under_way.popleft()
-        if self._cells.per_slot == 1:
-            self._copy_slots(self._slots[first:end], at)
-        else:
-            for i in range(first, end):
-                self._copy_cell(i, at + i - first)
-        self._free.append(at)
-        return end // self._cells.per_slot
-
-    def _copy_slots(self, slots: Slots, at: int) -> None:
-        for first, end in runs_of(slots):
-            self._rows[first:end] = self._landing[at : at + end - first]
-            at += end - first
-
-    def _copy_cell(self, cell: int, at: int) -> None:
-        index, part = divmod(cell, self._cells.per_slot)
-        nbytes = self._cells.last_nbytes if part == self._cells.per_slot - 1 else self._cells.nbytes
-        start = part * self._cells.nbytes
-        self._rows[self._slots[index], start : start + nbytes] = self._landing[at, :nbytes]
 
 
 class NixlEnd(TcpEnd):

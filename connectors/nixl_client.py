@@ -11,8 +11,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from connectors.nixl_life import TransportProcess, check_installed
 from connectors.nixl_messages import (
@@ -84,9 +82,9 @@ class AgentClient:
         """Begin to read what the peer has laid into its bounce memory."""
         self._tell(ReadBounce(nbytes), deadline)
 
-    def read_cells(self, into: NDArray[np.int32], of: NDArray[np.int32], deadline: float) -> None:
-        """Begin to read cells of the peer's rows into cells of the landing, as one transfer."""
-        self._tell(ReadCells(into.tobytes(), of.tobytes()), deadline)
+    def read_cells(self, transfers: list[tuple[bytes, bytes]], deadline: float) -> None:
+        """Begin to read cells of the peer's rows into cells of the landing; see `ReadCells`."""
+        self._tell(ReadCells(transfers), deadline)
 
     def answer(self, until: float) -> Landed | Waits | None:
         """What has become of transfers; None where nothing comes until then."""

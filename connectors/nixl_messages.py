@@ -69,10 +69,9 @@ class ReadBounce(Message, frozen=True):
 
 
 class ReadCells(Message, frozen=True):
-    """Read cells of the peer, as one transfer. Both are int32: which cells of the landing, of the peer's rows."""
+    """Read cells of the peer: of each transfer, int32, into which cells of the landing, and which of its rows."""
 
-    into: bytes
-    of: bytes
+    transfers: list[tuple[bytes, bytes]]
 
 
 class MoveOn(Message, frozen=True):

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 _LOOK_S: Final = 1.0  # whether the parent is still there
 _END_S: Final = 2.0  # for agents to be destroyed
 _PAUSE_S: Final = 50e-6
+_AWAKE_S: Final = 1e-3  # for what comes next: to be woken takes long, and has both processes share a processor
 _MOVES: Final = 8  # between two looks at the socket
 _BUSY_S: Final = 0.2  # of a peer that reads: then it is not as busy that each microsecond counts
 _POPULATE_WRITE: Final = 23  # linux/mman.h, since 5.14
@@ -90,6 +91,7 @@ class _Pipe:
         self._theirs: Meet | None = None
         self._under_way: deque[int] = deque()
         self._has_told = False  # that it waits
+        self._awake_until = 0.0
         self._moves_on: float | None = None  # since when
         self.thread = threading.Thread(target=self._run, name="kvstore-nixl", daemon=True)
         self.thread.start()
@@ -135,7 +137,7 @@ class _Pipe:
 
     def _turn(self, agent: Agent) -> bool:
         """Do what is told, or go on with it; False at the end."""
-        is_idle = not self._under_way and self._moves_on is None
+        is_idle = not self._under_way and self._moves_on is None and time.monotonic() > self._awake_until
         try:
             nbytes = self._socket.recv_into(self._packet, 0, 0 if is_idle else socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -144,22 +146,30 @@ class _Pipe:
             if not nbytes:
                 return False
             self._do(agent, TO_PROCESS.decode(self._packet[:nbytes]))
+        self._look(agent)
+        return True
+
+    def _look(self, agent: Agent) -> None:
+        """Tell what has become of transfers."""
         landed = 0
         while self._under_way and agent.is_done(self._under_way[0]):
             self._under_way.popleft()
             landed += 1
         if landed:
             self._send(Landed(landed))
+            self._awake_until = time.monotonic() + _AWAKE_S
         if not self._under_way:
             self._has_told = False
         elif not self._has_told:
             self._has_told = True
             self._send(Waits())
-        return True
 
     def _pause(self, agent: Agent) -> None:
         if self._moves_on is None:
-            time.sleep(_PAUSE_S)
+            if self._under_way:
+                time.sleep(_PAUSE_S)
+            else:
+                os.sched_yield()
             return
         for _ in range(_MOVES):
             agent.move_on()
@@ -174,13 +184,14 @@ class _Pipe:
                 agent.meet(order.metadata, mine, self._cells.of_rows(*order.rows))
                 self._send(Met())
             case ReadBounce() if self._theirs is not None:
-                landing = self._bounce[1].ctypes.data
-                self._under_way.append(agent.read(landing, self._theirs.bounce, order.nbytes))
+                into = self._bounce[1].ctypes.data
+                self._under_way.append(agent.read(into, self._theirs.bounce, order.nbytes))
             case ReadCells() if self._theirs is not None:
-                into, of = np.frombuffer(order.into, np.int32), np.frombuffer(order.of, np.int32)
-                _check_cells(into, 2 * self._cells.num_landing)
-                _check_cells(of, self._theirs.rows[1] * self._cells.per_slot)
-                self._under_way.append(agent.read_cells(into, of))
+                for into, of in order.transfers:
+                    landing = _cells(into, 2 * self._cells.num_landing)
+                    theirs = _cells(of, self._theirs.rows[1] * self._cells.per_slot)
+                    self._under_way.append(agent.read_cells(landing, theirs))
+                    self._look(agent)  # by cma it is done already
             case MoveOn():
                 self._moves_on = time.monotonic()
             case Rest():
@@ -196,9 +207,11 @@ class _Pipe:
             self._send(Failed(error))
 
 
-def _check_cells(cells: NDArray[np.int32], count: int) -> None:
-    if not len(cells) or not 0 <= int(cells.min()) <= int(cells.max()) < count:
+def _cells(numbers: bytes, count: int) -> NDArray[np.int32]:
+    found = memoryview(numbers).cast("i")
+    if not len(found) or not 0 <= min(found) <= max(found) < count:
         raise ValueError("there are no such cells")
+    return np.frombuffer(numbers, dtype=np.int32)
 
 
 def _map(fd: int) -> mmap.mmap:

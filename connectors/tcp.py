@@ -40,11 +40,11 @@ from kvstore.errors import ConfigError
 from kvstore.slot import Rows, Slots
 
 HELLO_NBYTES: Final = 64 << 10
-STEP_NBYTES: Final = 1 << 20  # slots are reported after about so many bytes
+STEP_NBYTES: Final = 2 << 20  # slots are reported after about so many bytes
 TOKEN_NBYTES: Final = 32
 _BUFFER_NBYTES: Final = 4 << 20  # the kernel gives what net.core.*mem_max allows
 _IOV_MAX: Final = 1024
-_WAITALL: Final = int(socket.MSG_WAITALL)  # or-ed for each megabyte: an enum's is a call
+_WAITALL: Final = int(socket.MSG_WAITALL)  # or-ed for each part: an enum's `|` is a call
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))  # seconds, tries
 _TIMEVAL: Final = struct.Struct("@ll")  # seconds, microseconds
 _MAX_STRANGERS: Final = 16
