@@ -44,7 +44,7 @@ def make_end(rows: Rows, is_server: bool, offer_fd: int | None) -> PipeEnd:
 
 def store_config(num_blocks: int = NUM_BLOCKS, identity: KVIdentity = IDENTITY, **settings: Any) -> StoreConfig:
     host = HostTierConfig(num_blocks=num_blocks)
-    return StoreConfig(identity=identity, host=host, put_timeout_s=0.0, load_timeout_s=2.0, **settings)
+    return StoreConfig(identity=identity, host=host, put_timeout_s=0.0, load_timeout_s=4.0, **settings)
 
 
 def is_given_back(planes: Planes, buffer: LocalLookupBuffer, service: LookupService) -> bool:

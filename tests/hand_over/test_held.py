@@ -47,7 +47,7 @@ def test_a_selection_that_runs_out_is_never_sealed_over_others_blocks() -> None:
     remote = Remote(served.server.address)
     keys, others = make_keys(20), make_keys(NUM_BLOCKS, seed=1)
     assert served.buffer.insert(keys, blocks_of(keys), timeout_s=0)
-    take(remote.buffer, keys[19:])  # the pipe is there
+    pipe = remote.peer._joined(time.monotonic() + 30)
     go_on = threading.Event()
     sealer = served.service._selections._sealer
     sealer.submit(go_on.wait, 20)
@@ -55,8 +55,6 @@ def test_a_selection_that_runs_out_is_never_sealed_over_others_blocks() -> None:
     threading.Timer(0.8, lambda: ask(remote, Fetch(answer.selection, 0, 19, remote.peer._pipe_number))).start()
     wait_until(lambda: served.buffer.insert(others, blocks_of(others), timeout_s=0))  # it has run out
     go_on.set()
-    pipe = remote.peer._pipe
-    assert pipe is not None
     with pytest.raises(Exception, match=r"closed|deadline"):
         list(pipe.recv_slots(np.arange(19), 5.0))
     out = torch.empty_like(blocks_of(others))
