@@ -40,7 +40,7 @@ from connectors.lookup_messages import (
     Selected,
     identity_fields,
 )
-from connectors.pipe import Pipe, PipeEnd
+from connectors.pipe import Pipe, PipeClosedError, PipeEnd
 from connectors.receive import receive_verified
 from connectors.restripe import Landing
 from kvstore.errors import KVStoreError
@@ -105,6 +105,7 @@ class RemotePeer:
         self._asker = ThreadPoolExecutor(1, thread_name_prefix="kvstore-peer-ask")
         self._pipe: Pipe | None = None
         self._pipe_number = 0
+        self._closed = False
         self._lock = threading.Lock()
         self._stats = TierStats(name="peer")
 
@@ -212,6 +213,7 @@ class RemotePeer:
 
     def close(self) -> None:
         """Wake up what waits for the peer, and join the threads."""
+        self._closed = True
         if self._pipe is not None:
             self._pipe.close()
         self._pool.close(_CLOSE_S)
@@ -283,6 +285,9 @@ class RemotePeer:
         except BaseException:
             end.close()
             raise
+        if self._closed:  # meanwhile: nobody else closes it
+            self._pipe.close()
+            raise PipeClosedError("the pipe was closed")
         return self._pipe
 
     def _asked(self, request: Request, timeout_s: float, kind: type[T]) -> T:
