@@ -214,7 +214,8 @@ def test_bfloat16_model_stores_bfloat16(store: TieredStore) -> None:
         result = cache.prefill(ids)
     with torch.no_grad():
         want = model(input_ids=ids[:, 256:], past_key_values=model(input_ids=ids[:, :256]).past_key_values)
-    assert difference(result.logits, want.logits[:, -1]) == 0.0
+    # a processor with AMX takes another kernel for KV that lies otherwise in memory: it rounds otherwise
+    assert difference(result.logits, want.logits[:, -1]) <= 2**-8 * float(want.logits.abs().max())
 
 
 @pytest.mark.gpu

@@ -45,13 +45,13 @@ def test_a_selection_that_runs_out_is_never_sealed_over_others_blocks() -> None:
     """Its slots are filled with another prompt meanwhile; the consumer must not take that for its own."""
     served = Served(transfer_s=1.0)
     remote = Remote(served.server.address)
-    keys, others = make_keys(20), make_keys(NUM_BLOCKS, seed=1)
+    keys, others = make_keys(19), make_keys(NUM_BLOCKS, seed=1)
     assert served.buffer.insert(keys, blocks_of(keys), timeout_s=0)
     pipe = remote.peer._joined(time.monotonic() + 30)
     go_on = threading.Event()
     sealer = served.service._selections._sealer
     sealer.submit(go_on.wait, 20)
-    answer = selected(remote, keys[:19])
+    answer = selected(remote, keys)
     threading.Timer(0.8, lambda: ask(remote, Fetch(answer.selection, 0, 19, remote.peer._pipe_number))).start()
     wait_until(lambda: served.buffer.insert(others, blocks_of(others), timeout_s=0))  # it has run out
     go_on.set()
