@@ -34,7 +34,6 @@ import torch.distributed
 
 from connectors.pipe import MAX_NBYTES, PipeClosedError, PipeProtocolError, PipeTimeoutError
 from connectors.tcp import (
-    STEP_NBYTES,
     TOKEN_NBYTES,
     Frame,
     Stream,
@@ -49,6 +48,7 @@ from kvstore.errors import ConfigError
 from kvstore.slot import Rows, Slots
 
 dist: Any = torch.distributed  # not all of which has types
+_STEP_NBYTES: Final = 2 << 20  # each is an operation of gloo, which costs more than what is lost of the cache
 _TAG: Final = 0
 _CLOSING_TAG: Final = 1  # nothing is ever sent with it
 _LOOK_S: Final = 0.05  # whether the peer is still there
@@ -292,7 +292,7 @@ class NcclPipe(TcpPipe):
         """
         is_cut = np.unpackbits(np.frombuffer(cuts, np.uint8) | np.frombuffer(their_cuts, np.uint8), count=len(slots))
         starts = np.flatnonzero(is_cut).tolist()
-        step = max(1, round(STEP_NBYTES / self._slot_nbytes))
+        step = max(1, round(_STEP_NBYTES / self._slot_nbytes))
         parts: list[torch.Tensor] = []
         num_rows = 0
         for start, end in zip(starts, [*starts, len(slots)][1:], strict=True):

@@ -40,7 +40,7 @@ from kvstore.errors import ConfigError
 from kvstore.slot import Rows, Slots
 
 HELLO_NBYTES: Final = 64 << 10
-STEP_NBYTES: Final = 2 << 20  # slots are reported after about so many bytes
+STEP_NBYTES: Final = 1 << 19  # slots are reported after about so many bytes, which are still in the processor's cache
 TOKEN_NBYTES: Final = 32
 _BUFFER_NBYTES: Final = 4 << 20  # the kernel gives what net.core.*mem_max allows
 _IOV_MAX: Final = 1024
