@@ -214,8 +214,8 @@ def test_bfloat16_model_stores_bfloat16(store: TieredStore) -> None:
         result = cache.prefill(ids)
     with torch.no_grad():
         want = model(input_ids=ids[:, 256:], past_key_values=model(input_ids=ids[:, :256]).past_key_values)
-    # equal to the bit, but by AMX, which rounds otherwise where KV lies otherwise in memory: ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
-    # makes it equal there, too
+    # equal to the bit, but by AMX, which rounds otherwise where KV lies otherwise in memory; there, too, with
+    # ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
     bound = 2**-8 * float(want.logits.abs().max()) if torch.cpu._is_amx_tile_supported() else 0.0
     assert difference(result.logits, want.logits[:, -1]) <= bound
 
