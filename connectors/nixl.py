@@ -34,21 +34,14 @@ import numpy as np
 import torch
 
 from connectors.nixl_arrival import Arrival
-from connectors.nixl_client import AgentClient
-from connectors.nixl_messages import BOUNCE_NBYTES, Address, Cells, Landed, Meet, NumSlots, Open, Waits
+from connectors.nixl_process.client import AgentClient
+from connectors.nixl_process.messages import BOUNCE_NBYTES, Address, Cells, Landed, Meet, NumSlots, Open, Waits
 from connectors.pipe import MAX_NBYTES, PipeClosedError, PipeProtocolError
-from connectors.tcp import (
-    TOKEN_NBYTES,
-    Frame,
-    Kind,
-    Stream,
-    TcpEnd,
-    TcpHello,
-    TcpPipe,
-    is_loopback,
-    read_hello,
-    seconds_left,
-)
+from connectors.tcp import TcpEnd, TcpHello, TcpPipe
+from connectors.wire.frame import Frame, Kind
+from connectors.wire.hello import read_hello
+from connectors.wire.rendezvous import TOKEN_NBYTES, is_loopback
+from connectors.wire.stream import Stream, seconds_left
 from kvstore.arena import HostArena
 from kvstore.errors import ConfigError
 from kvstore.slot import Rows, Slots

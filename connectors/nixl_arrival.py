@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from connectors.nixl_client import AgentClient
-from connectors.nixl_messages import Cells
-from connectors.tcp import runs_of
+from connectors.nixl_process.client import AgentClient
+from connectors.nixl_process.messages import Cells
+from connectors.wire.slots import runs_of
 from kvstore.slot import Rows, Slots
 
 _PART_NBYTES: Final = 512 << 10  # is copied out and verified at a time: it is still in the cache

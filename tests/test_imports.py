@@ -37,7 +37,7 @@ ADAPTERS = {
     "gguf": ("tools/demo*.py",),
     "tokenizers": ("tools/choice.py", "tools/demo*.py"),
     "vllm": ("connectors/vllm/*.py", "tools/bench/vllm*.py"),
-    "nixl": ("connectors/nixl_agent.py", "tools/bench/network_peer.py"),
+    "nixl": ("connectors/nixl_process/agent.py", "tools/bench/network_peer.py"),
     "aiohttp": ("tools/proxy/*.py", "tools/demo_vllm/client.py"),
     "zmq": ("connectors/control/*.py",),
 }

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from connectors.nixl import NixlEnd, NixlPipe
-from connectors.nixl_life import ProcessHold
-from connectors.nixl_messages import Meet, ReadBounce, ReadCells
+from connectors.nixl_process.life import ProcessHold
+from connectors.nixl_process.messages import Meet, ReadBounce, ReadCells
 from connectors.pipe import Pipe, PipeClosedError, PipeTimeoutError
 from connectors.testing.pipe import (
     LONG_S,

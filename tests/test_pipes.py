@@ -23,11 +23,14 @@ import torch.distributed as dist
 
 from connectors.nccl import NcclEnd
 from connectors.nixl import NixlEnd, NixlPipe
-from connectors.nixl_life import ProcessHold
+from connectors.nixl_process.life import ProcessHold
 from connectors.pipe import Pipe, PipeClosedError, PipeEnd, PipeError, PipeProtocolError, PipeTimeoutError
-from connectors.tcp import HEADER, Frame, Hello, Kind, Stream, TcpEnd, TcpPipe, read_hello
+from connectors.tcp import TcpEnd, TcpPipe
 from connectors.testing import PipeTests
 from connectors.testing.pipe import MAX_NBYTES, SLOT_NBYTES, assert_closed, at_once, carry, join, raised
+from connectors.wire.frame import HEADER, Frame, Kind
+from connectors.wire.hello import Hello, read_hello
+from connectors.wire.stream import Stream
 from kvstore.arena import HostArena
 from kvstore.errors import ConfigError, MissingExtraError
 from tests.pipe_ends import nccl_end, nixl_end, tcp_end

@@ -38,7 +38,7 @@ import pytest
 import torch
 
 from connectors.pipe import MAX_DIMS, Pipe, PipeClosedError, PipeEnd, PipeError, PipeProtocolError, PipeTimeoutError
-from connectors.tcp import DTYPES
+from connectors.wire.frame import DTYPES
 from kvstore.arena import HostArena
 from kvstore.slot import Rows, Slots
 

@@ -27,15 +27,15 @@ from connectors.hand_over_told import HandOverConfig
 from connectors.offloading import OffloadingWorker
 from connectors.pipe import PipeEnd
 from connectors.registration import LEASE_S, Joins, PeerAddress, Registration, Role, read_secret
-from connectors.tcp import is_loopback
 from connectors.vllm.connector import KVStoreConnector
 from connectors.vllm.settings import EXTRA_CONFIG, Settings, named_in
+from connectors.wire.rendezvous import is_loopback
 from kvstore.errors import ConfigError
 from kvstore.identity import KVIdentity
 from kvstore.slot import Rows
 
 if TYPE_CHECKING:
-    from connectors.nixl_life import ProcessHold
+    from connectors.nixl_process.life import ProcessHold
 
 _GIB: Final = 1 << 30
 _NOT_HERE: Final = (  # tiers belong to a connector beside this one, and a block is what is handed over
@@ -210,7 +210,7 @@ class KVStoreNixlConnector(PeerConnector):
 
     def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:
         """Raises MissingExtraError where NIXL is not installed."""
-        from connectors.nixl_life import ProcessHold
+        from connectors.nixl_process.life import ProcessHold
 
         self._hold = ProcessHold(is_local=is_loopback(self._host))
         return super().make_scheduler(num_workers, windows)

@@ -9,8 +9,8 @@ from typing import Any
 
 from connectors.nccl import NcclPipe
 from connectors.pipe import PipeEnd
-from connectors.tcp import Frame
 from connectors.vllm import KVStoreNcclConnector, KVStoreNixlConnector, KVStoreTcpConnector
+from connectors.wire.frame import Frame
 from kvstore.slot import Slots
 
 

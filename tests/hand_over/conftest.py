@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from connectors.nixl_life import ProcessHold
+from connectors.nixl_process.life import ProcessHold
 from tests.hand_over.peers import ENDS, Engine, Remote, Served
 
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from connectors.nixl_life import TransportProcess, check_installed
-from connectors.nixl_messages import (
+from connectors.nixl_process.life import TransportProcess, check_installed
+from connectors.nixl_process.messages import (
     FROM_PROCESS,
     MAX_MESSAGE_NBYTES,
     Failed,

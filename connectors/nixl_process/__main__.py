@@ -2,7 +2,7 @@
 
 Runs apart because NIXL's Python binding holds the interpreter lock while it copies and polls (1.5.1), and
 because UCX ends its process where a peer behaves as it does not expect. Started by
-`connectors.nixl_life`; ends with its parent, or when that has no pipe any more. Imports no torch.
+`connectors.nixl_process.life`; ends with its parent, or when that has no pipe any more. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from connectors.nixl_agent import Agent, AgentError, Memory
-from connectors.nixl_messages import (
+from connectors.nixl_process.agent import Agent, AgentError, Memory
+from connectors.nixl_process.messages import (
     BOUNCE_NBYTES,
     MAX_MESSAGE_NBYTES,
     OPEN,

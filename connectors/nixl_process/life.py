@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from connectors.nixl_messages import Open
+from connectors.nixl_process.messages import Open
 from connectors.pipe import PipeError
 from kvstore.errors import MissingExtraError
 
