@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from connectors.push import Pushes
 from connectors.remote_lookup_buffer import PeerIo
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
-from kvstore.keys import array_to_keys
+from kvstore.keys import BlockKey, array_to_keys
 from kvstore.lookup_buffer import Item, LocalLookupBuffer
 from kvstore.slot import KeyArray, Slots
 
@@ -64,23 +65,10 @@ class HandOverScheduler(OffloadingScheduler):
         self._pushed: dict[str, int] = {}  # hand-overs to this engine, by request
         self._push = hand_over.push
         super().__init__(config, num_workers, windows, PeerIo(self._peers.holders_of, config.load_timeout_s))
-        self._peers.use(self._planes)
-        self._consumers.use(self._planes)
-        planes, make_end = self._planes, hand_over.make_end
-        offered = planes.arena.fd if hand_over.hands_over else None
-        ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server, offered)}
-        self._buffer = LocalLookupBuffer(planes, lease_s=hand_over.lease_s)
-        self._pushes = Pushes(self._buffer, planes, hand_over.transfer_s)
-        self._service = LookupService(
-            self._buffer, planes, ends, transfer_s=hand_over.transfer_s, pushes=self._pushes,
-            gives=hand_over.hands_over, takes=hand_over.takes,
-        )  # fmt: skip
-        self._server: ControlServer | None = None
-        try:
-            self._server = ControlServer(hand_over.listen, self._service.handle, messages=REQUESTS, keys=hand_over.keys)
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(super().close)
+            self._server = self._serve(hand_over, undo)
+            self._ending = undo.pop_all()
         self.address = hand_over.advertise or self._server.address
         self.public_key = hand_over.keys.public if hand_over.keys is not None else ""
 
@@ -89,8 +77,7 @@ class HandOverScheduler(OffloadingScheduler):
         num_blocks = self._num_held(keys)
         if not num_blocks:
             return None
-        every = [key for of_group in keys for key in of_group[:num_blocks]]
-        item = self._buffer.hold(every)
+        item = self._buffer.hold(self._held(keys, num_blocks))
         told = HandOver(
             address=self.address,
             key=self.public_key,
@@ -136,14 +123,30 @@ class HandOverScheduler(OffloadingScheduler):
         return {**super().stats(), "peer": asdict(self._peers.stats())}
 
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        self._consumers.close()  # wakes up what pushes
-        self._pushes.close()
-        self._service.close()
-        self._peers.close()
-        self._buffer.close()
-        super().close()
+        self._ending.close()
+
+    def _serve(self, hand_over: HandOverConfig, undo: ExitStack) -> ControlServer:
+        """Have the peers' ends made, and what others ask answered. Told to ``undo``: whatever must end, the first
+        last; an error of one does not keep the others."""
+        planes, make_end = self._planes, hand_over.make_end
+        self._peers.use(planes)
+        self._consumers.use(planes)
+        self._buffer = LocalLookupBuffer(planes, lease_s=hand_over.lease_s)
+        undo.callback(self._buffer.close)
+        undo.callback(self._peers.close)
+        self._pushes = Pushes(self._buffer, planes, hand_over.transfer_s)
+        offered = planes.arena.fd if hand_over.hands_over else None
+        ends = {hand_over.transport: lambda is_server: make_end(planes.arena.rows, is_server, offered)}
+        self._service = LookupService(
+            self._buffer, planes, ends, transfer_s=hand_over.transfer_s, pushes=self._pushes,
+            gives=hand_over.hands_over, takes=hand_over.takes,
+        )  # fmt: skip
+        undo.callback(self._service.close)
+        undo.callback(self._pushes.close)
+        undo.callback(self._consumers.close)  # wakes up what pushes
+        server = ControlServer(hand_over.listen, self._service.handle, messages=REQUESTS, keys=hand_over.keys)
+        undo.callback(server.close)
+        return server
 
     def _begin_push(self, item: Item, told: object) -> bool:
         """Whether it goes to the consumer that is named."""
@@ -158,6 +161,18 @@ class HandOverScheduler(OffloadingScheduler):
         if not is_begun:
             self._consumers.give_back(consumer)
         return is_begun
+
+    def _held(self, keys: Keys, num_blocks: int) -> list[BlockKey]:
+        """Of leading blocks those that are here, or on their way: of a group with a window not all were stored."""
+        held = []
+        for of_group in keys:
+            leading = of_group[:num_blocks]
+            present = self._manager.contains(leading).tolist()
+            held += [key for key, is_here in zip(leading, present, strict=True) if is_here or key in self._filling]
+        return held
+
+    def _not_filled(self, keys: set[BlockKey]) -> None:
+        self._buffer.abandon(keys)
 
     def _settle(self, request_id: str) -> None:
         """What was pushed for a request it has by now, or does not want."""

@@ -62,7 +62,7 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
 
     address: Annotated[str, msgspec.Meta(max_length=256)]
     key: Annotated[str, msgspec.Meta(max_length=64)]
-    id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    id: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
     num_blocks: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     namespace: Annotated[str, msgspec.Meta(max_length=64)]
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]

@@ -8,7 +8,9 @@ and the sockets tell how it ends.
 Nothing touches the environment, the default process group, or any interface but that of ``listen``;
 NCCL itself chooses its interface by NCCL_SOCKET_IFNAME. Whoever can reach the ports of gloo, NCCL or
 their store may keep a pipe from being joined, as these ask nobody who he is; but where somebody else
-has come in the peer's place, `join` finds out and refuses.
+has come in the peer's place, `join` finds out and refuses. These ports stay open as long as the pipe, and each
+connection to them takes a file descriptor till then; a peer that is let in can end this process, as gloo
+does where more comes than was asked for.
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ class NcclPipe(TcpPipe):
 
     def close(self) -> None:
         super().close()
-        with self._closing:
+        with self._closing:  # until it is over, for whoever closes it too
             links, self._links = self._links, None
-        for link in set(links or ()):
-            link.close()
+            for link in set(links or ()):
+                link.close()
 
     def _way(self, index: int) -> Link:
         links = self._links
@@ -148,6 +150,7 @@ def _cuts_of(slots: Slots) -> bytes:
 class NcclHello(TcpHello, frozen=True, kw_only=True, forbid_unknown_fields=True):
     backend: str
     store_port: int
+    step_nbytes: int  # gloo ends the process where two ends do not agree about an operation's size
 
 
 class NcclEnd(TcpEnd):
@@ -175,7 +178,7 @@ class NcclEnd(TcpEnd):
             self._store_listener.close()
         backend = "gloo" if self._device.type == "cpu" else "nccl"
         fields = {**msgspec.structs.asdict(self._hello), "transport": "nccl"}
-        self._nccl_hello = NcclHello(**fields, backend=backend, store_port=port)
+        self._nccl_hello = NcclHello(**fields, backend=backend, store_port=port, step_nbytes=_STEP_NBYTES)
 
     def hello(self) -> bytes:
         return msgspec.msgpack.encode(self._nccl_hello)
@@ -185,6 +188,8 @@ class NcclEnd(TcpEnd):
         mine, theirs = self._nccl_hello, read_hello(peer_hello, self._nccl_hello)
         if theirs.backend != mine.backend:
             raise PipeProtocolError(f"the peer moves tensors by {theirs.backend}, this end by {mine.backend}")
+        if theirs.step_nbytes != mine.step_nbytes:
+            raise PipeProtocolError(f"the peer sends {theirs.step_nbytes} bytes at a time, this end {mine.step_nbytes}")
         outward, inward = self._meet(theirs, deadline)
         try:
             links = self._link(theirs, (outward, inward), deadline)
@@ -200,17 +205,33 @@ class NcclEnd(TcpEnd):
 
     def _link(self, theirs: NcclHello, streams: tuple[Stream, Stream], deadline: float) -> tuple[Link, Link]:
         """Outward and inward, each of which has carried a token."""
-        mine = self._nccl_hello
-        by_rank: list[Link]
+        by_rank: list[Link] = []
         try:
-            store, rank = self._store(theirs, deadline), 0 if mine.is_server else 1
+            self._make_links(by_rank, theirs, streams, deadline)
+        except BaseException:
+            for link in set(by_rank):
+                link.close()
+            raise
+        rank = self._rank
+        return by_rank[rank], by_rank[1 - rank]
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._nccl_hello.is_server else 1
+
+    def _make_links(
+        self, by_rank: list[Link], theirs: NcclHello, streams: tuple[Stream, Stream], deadline: float
+    ) -> None:
+        """Those that rank 0 sends by, and rank 1."""
+        mine, rank = self._nccl_hello, self._rank
+        try:
+            store = self._store(theirs, deadline)
             if mine.backend == "gloo":
-                by_rank = [Gloo(store, rank, self._address, streams, deadline)] * 2
+                by_rank += [Gloo(store, rank, self._address, streams, deadline)] * 2
             else:
-                of_rank = [dist.PrefixStore(str(sender), store) for sender in range(2)]
-                by_rank = [
-                    Nccl(part, rank, self._device, streams[sender != rank]) for sender, part in enumerate(of_rank)
-                ]
+                for sender in range(2):
+                    of_sender = dist.PrefixStore(str(sender), store)
+                    by_rank.append(Nccl(of_sender, rank, self._device, streams[sender != rank]))
             came = torch.empty(TOKEN_NBYTES, dtype=torch.uint8)
             sent = torch.frombuffer(bytearray(theirs.token), dtype=torch.uint8)
             for sender, link in enumerate(by_rank):
@@ -220,7 +241,6 @@ class NcclEnd(TcpEnd):
             raise PipeClosedError(f"the {mine.backend} group was not made: {e}") from e
         if not hmac.compare_digest(came.numpy().tobytes(), mine.token):
             raise PipeProtocolError(f"who has joined the {mine.backend} group is not the peer")
-        return by_rank[rank], by_rank[1 - rank]
 
     def _store(self, theirs: NcclHello, deadline: float) -> Any:
         """The server's, under keys that nobody else knows."""

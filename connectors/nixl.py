@@ -66,11 +66,13 @@ class NixlPipe(TcpPipe):
         streams: tuple[Stream, Stream],
         agent: AgentClient,
         bounce: HostArena,
+        bounce_rows: Rows,
     ) -> None:
         super().__init__(rows, hellos[0].max_nbytes, hellos[1].max_nbytes, *streams)
         self._mine, self._theirs = hellos
         self._agent, self._arena, self._rows = agent, bounce, rows
-        self._bounce = torch.from_numpy(bounce.rows)  # [0] is read by the peer, [1] is read into
+        self._landing = bounce_rows[1]
+        self._bounce = torch.from_numpy(bounce_rows)  # [0] is read by the peer, [1] is read into
         self._has_asked = False  # the peer to move on what is received now
         agent.end = self.close
 
@@ -124,7 +126,7 @@ class NixlPipe(TcpPipe):
         if len(theirs) and not 0 <= theirs.min() <= theirs.max() < self._theirs.rows[1]:
             raise PipeProtocolError(f"the peer offers {self._theirs.rows[1]} slots, but sends others")
         self._has_asked = False
-        arrival, come = Arrival(self._rows, slots, self._arena.rows[1], theirs), 0
+        arrival, come = Arrival(self._rows, slots, self._landing, theirs), 0
         arrival.begin(self._agent, deadline)
         while arrival.under_way:
             for _ in range(self._landed(len(arrival.under_way), deadline)):
@@ -195,9 +197,11 @@ class NixlEnd(TcpEnd):
         super().__init__(rows, is_server=is_server, max_nbytes=max_nbytes, listen=listen)
         self._agent: AgentClient | None = None
         self._bounce: HostArena | None = None
+        self._bounce_rows: Rows | None = None
         try:
             offered = _check_offer(rows, offer_fd)
             self._bounce = HostArena(2, BOUNCE_NBYTES, sharing="memfd")
+            self._bounce_rows = self._bounce.rows
             order = Open(rows.shape[1], len(rows) if offered else 0)
             fds = [fd for fd in (self._bounce.fd, *offered) if fd is not None]
             self._agent = AgentClient(order, fds, is_local=is_loopback(listen))
@@ -218,13 +222,14 @@ class NixlEnd(TcpEnd):
     def join(self, peer_hello: bytes, timeout_s: float) -> NixlPipe:
         deadline = time.monotonic() + timeout_s
         mine, theirs = self._nixl_hello, read_hello(peer_hello, self._nixl_hello)
-        if self._agent is None or self._bounce is None:
+        agent, bounce, bounce_rows = self._agent, self._bounce, self._bounce_rows
+        if agent is None or bounce is None or bounce_rows is None:  # whoever closes the end meanwhile closes these
             raise PipeClosedError("the end was closed, or joined before")
         if theirs.rows[1] * Cells.of(theirs.slot_nbytes).per_slot > _MOST_CELLS:
             raise PipeProtocolError(f"{theirs.rows[1]} slots of {theirs.slot_nbytes} bytes are offered: too many")
         outward, inward = self._meet(theirs, deadline)
-        pipe = NixlPipe(self._rows, (mine, theirs), (outward, inward), self._agent, self._bounce)
-        self._agent = self._bounce = None
+        pipe = NixlPipe(self._rows, (mine, theirs), (outward, inward), agent, bounce, bounce_rows)
+        self._agent = self._bounce = self._bounce_rows = None
         pipe.meet(deadline)
         return pipe
 
@@ -234,7 +239,7 @@ class NixlEnd(TcpEnd):
             self._agent.close()
         if self._bounce is not None:
             self._bounce.close()
-        self._agent = self._bounce = None
+        self._agent = self._bounce = self._bounce_rows = None
 
 
 def _check_offer(rows: Rows, fd: int | None) -> list[int]:

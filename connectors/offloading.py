@@ -108,7 +108,7 @@ class OffloadingScheduler(SchedulerHalf):
         try:
             self._planes.open_journal(type(self).__name__, self._tier_stats, num_groups=len(self._windows))
         except BaseException:
-            self.close()
+            OffloadingScheduler.close(self)  # of what is made on top there is nothing yet
             raise
 
     # -- what an engine asks
@@ -325,6 +325,9 @@ class OffloadingScheduler(SchedulerHalf):
         """The workers have filled these."""
         self._planes.publish(slots, keys, current)
 
+    def _not_filled(self, keys: set[BlockKey]) -> None:
+        """The workers could not fill these."""
+
     def _break_promise(self, request_id: str) -> None:
         promise = self._promises.pop(request_id, None)
         if promise is not None:
@@ -404,6 +407,7 @@ class OffloadingScheduler(SchedulerHalf):
                 self._publish(slots, chunk_keys, current)
             else:
                 self._manager.give_back(slots)
+                self._not_filled(filling)
 
         number = self._open(filled)
         positions = np.tile(np.arange(per_chunk), len(chosen)).tolist()

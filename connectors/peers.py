@@ -45,11 +45,7 @@ class _Expected:
 
 
 class Peers:
-    """Producers that requests were handed over by. Connections are made when first named; idle ones go when there
-    are too many.
-
-    Whom a request names is not trusted: with keys, only peers whose public key is let in are spoken
-    to; without, only loopback.
+    """Those that requests were handed over by, or those that what is here is pushed to.
 
     Args:
         offers: what is here goes to them; else what is there comes here.
@@ -59,7 +55,8 @@ class Peers:
         self._config, self._offers = config, offers
         self._planes: Planes | None = None
         self._lock = threading.Lock()
-        self._connections: dict[tuple[str, int], Connection] = {}  # by address and tp_size; least recently named first
+        # by address, key and tp_size; least recently named first
+        self._connections: dict[tuple[str, str, int], Connection] = {}
         self._told: set[int] = set()  # of which tp_size it was said that there is no way
         self._expected: dict[str, _Expected] = {}  # by request
         self._of_key: dict[BlockKey, list[_Expected]] = {}  # requests that share a prefix have an entry each
@@ -148,7 +145,8 @@ class Peers:
         keys, planes = self._config.keys, self._planes
         assert planes is not None
         mine = planes.identity.placement.tp_size
-        name = address, tp_size or mine
+        tp_size = tp_size or mine
+        name = address, key, tp_size
         known = self._connections.pop(name, None)
         if known is not None:
             self._connections[name] = known
@@ -159,9 +157,9 @@ class Peers:
         if len(self._connections) >= _MOST_PEERS and not self._drop_idle():
             return None
         try:
-            landing = Landing.of(planes, name[1]) if name[1] != mine else None
+            landing = Landing.of(planes, tp_size) if tp_size != mine else None
         except ValueError as e:
-            self._tell(name[1], e)
+            self._tell(tp_size, e)
             return None
         try:
             client = ControlClient(address, messages=ANSWERS, keys=keys, server_key=key if keys is not None else None)

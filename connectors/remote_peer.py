@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from connectors.control import ControlRefusedError
+from connectors.control import MAX_TIMEOUT_S, ControlRefusedError
 from connectors.lookup_messages import (
     MAX_BLOCKS,
     VERSION,
@@ -43,6 +43,7 @@ from connectors.lookup_messages import (
 from connectors.pipe import Pipe, PipeClosedError, PipeEnd
 from connectors.receive import receive_verified
 from connectors.restripe import Landing
+from connectors.wire.stream import seconds_left
 from kvstore.errors import KVStoreError
 from kvstore.jobs import Indices, IoPool, PooledReadJob, ReadJob, ReadOperation
 from kvstore.keys import BlockKey, keys_to_array
@@ -115,7 +116,7 @@ class RemotePeer:
         Args:
             hand_over: number of the claim that is ours; 0: whatever is there.
         """
-        namespace, left_s = self._planes.current()[1], deadline - time.monotonic()
+        namespace, left_s = self._planes.current()[1], min(MAX_TIMEOUT_S, deadline - time.monotonic())
         nothing, wanted = RemoteSelection(0, [], namespace, 0), list(keys[:MAX_BLOCKS])
         if left_s <= 0 or not self._health.allow():
             return nothing
@@ -175,7 +176,7 @@ class RemotePeer:
         if len(keys) > MAX_BLOCKS or not self._health.allow():
             return False
         try:
-            namespace, left_s = self._planes.current()[1], max(0.0, deadline - time.monotonic())
+            namespace, left_s = self._planes.current()[1], min(MAX_TIMEOUT_S, max(0.0, deadline - time.monotonic()))
             room_s = min(left_s, room_s)
             reserve = Reserve(namespace, b"".join(keys), room_s, hand_over)
             reserved = self._asked(reserve, room_s + _JOIN_S, Reserved)
@@ -184,7 +185,7 @@ class RemotePeer:
                 return False
             slots = seal(reserved.wanted)
             sent = self._pool.submit(lambda: self._send(reserved.ticket, slots, deadline), deadline)
-            sent.result()  # slots are the caller's again when they are not read any more; it ends by the deadline
+            sent.result()  # slots are the caller's again when they are not read any more; each step has a deadline
         except ControlRefusedError as e:
             logger.warning("peer %s takes nothing: %s", self.name, e)
             return False
@@ -229,12 +230,13 @@ class RemotePeer:
         """Bring blocks into host slots; shape (n,): False where one is not what it should be."""
         start, planes, landing, n = time.monotonic(), self._planes, self._landing, len(keys)
         pipe = self._joined(deadline)
+        left_s = seconds_left(deadline)  # before anything is asked for: the pipe stays whole
         to_be = keys_to_array(keys)
         codec, rows, slots = planes.codec, planes.arena.rows, host_slots
         if landing is not None:
             codec, rows, slots = landing.codec, landing.rows, np.arange(n)
         with self._closed_by_errors(pipe):  # of the answer, too: what was asked for may be on its way all the same
-            self._asked(Fetch(selection.number, first, n, self._pipe_number), deadline - start, Done)
+            self._asked(Fetch(selection.number, first, n, self._pipe_number), left_s, Done)
             good = receive_verified(pipe, codec, rows, slots, to_be, selection.namespace, deadline)
         if landing is not None:
             landing.bring(np.flatnonzero(good), keys, host_slots, selection.namespace)
@@ -246,7 +248,7 @@ class RemotePeer:
 
     def _send(self, ticket: int, slots: Slots, deadline: float) -> None:
         pipe = self._joined(deadline)
-        left_s = max(0.0, deadline - time.monotonic())
+        left_s = seconds_left(deadline)
         answer = self._asker.submit(self._asked, Insert(ticket, self._pipe_number), left_s, Done)
         answer.add_done_callback(lambda done: pipe.close() if done.exception() is not None else None)
         with self._closed_by_errors(pipe):
@@ -291,7 +293,7 @@ class RemotePeer:
         return self._pipe
 
     def _asked(self, request: Request, timeout_s: float, kind: type[T]) -> T:
-        answer = self._ask(request, timeout_s)
+        answer = self._ask(request, min(timeout_s, MAX_TIMEOUT_S))
         if not isinstance(answer, kind):
             raise PeerError(f"peer {self.name} answers {type(request).__name__} with {type(answer).__name__}")
         return answer

@@ -178,6 +178,8 @@ class TcpEnd(PipeEnd):
 
     def close(self) -> None:
         if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes up who joins
             self._listener.close()
 
     def _meet(self, theirs: TcpHello, deadline: float) -> list[Stream]:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import mmap
 import os
+import threading
 from typing import Final, Literal
 
 import numpy as np
@@ -73,19 +74,23 @@ class HostArena:
         return arena
 
     def close(self) -> None:
-        """Unmap; ``rows`` must not be used any more. Memory goes when no view of it is left."""
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.rows.ctypes.data)  # type: ignore[no-untyped-call]
-            self._pinned = False
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-        self.rows = np.empty((0, 0), dtype=np.uint8)
+        """Unmap; ``rows`` must not be used any more. Memory goes when no view of it is left. Any thread may call it,
+        and more than once."""
+        with self._closing:
+            fd, self.fd = self.fd, None
+            pinned, self._pinned = self._pinned, False
+            rows, self.rows = self.rows, np.empty((0, 0), dtype=np.uint8)
+        if pinned:
+            torch.cuda.cudart().cudaHostUnregister(rows.ctypes.data)  # type: ignore[no-untyped-call]
+        if fd is not None:
+            os.close(fd)
+        del rows
         with contextlib.suppress(BufferError):  # a caller still holds a view: unmapped with it
             self._mmap.close()
 
     def _map(self, num_slots: int, slot_nbytes: int) -> None:
         size = num_slots * slot_nbytes
+        self._closing = threading.Lock()
         if self.fd is None:
             self._mmap = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:

@@ -21,7 +21,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
@@ -261,6 +261,15 @@ class LocalLookupBuffer(LookupBuffer):
             item = self._items.get(number)
             if item is not None:
                 self._end(item)
+
+    def abandon(self, keys: Iterable[BlockKey]) -> None:
+        """These will not come: claims on them, and on what lies behind them, end."""
+        with self._lock:
+            for key in keys:
+                for item in list(self._claims.get(key, ())) if key not in self._pinned else ():
+                    behind = item.keys[item.keys.index(key) :]
+                    for one in item.left.intersection(behind):
+                        self._take(one, item)
 
     def wait_for(self, item: Item, deadline: float, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Wait until all that is left of a claim is there; False: it has ended, or nobody waits any more.

@@ -126,7 +126,42 @@ def test_it_is_held_between_pipes(arena: HostArena) -> None:
         process.kill()
         process.wait(LONG_S)
         assert_works(arena)
+        another = transport_of()
+        assert_works(arena)
+        assert processes() == [another]
     assert not processes()
+
+
+def test_it_keeps_no_memory_of_pipes_that_are_gone(arena: HostArena) -> None:
+    def mapped() -> int:
+        return sum("kvstore-arena" in part.path for part in transport_of().memory_maps(grouped=False))
+
+    with contextlib.closing(ProcessHold(is_local=True)):
+        assert_works(arena)
+        wait_until(lambda: mapped() == 0)
+
+
+def test_pipes_are_closed_though_one_cannot_be(arena: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(make_arena()) as other:
+        ends = [nixl_end(arena, is_server=True), nixl_end(other, is_server=False)]
+        a, b = join(*ends)
+
+        def close() -> None:
+            monkeypatch.undo()
+            raise OSError("broken by a test")
+
+        monkeypatch.setattr(a._agent, "end", close)  # type: ignore[attr-defined]
+        transport_of().kill()
+        wait_until(lambda: b.is_closed)
+        a.close()
+
+
+def test_threads_close_a_pipe_at_once(arena: HostArena) -> None:
+    for _ in range(20):
+        other = make_arena()
+        pipes = join(nixl_end(arena, is_server=True), nixl_end(other, is_server=False))
+        at_once(*[pipe.close for pipe in pipes for _ in range(4)])
+        other.close()
 
 
 def test_its_environment(monkeypatch: pytest.MonkeyPatch, arena: HostArena) -> None:

@@ -34,6 +34,7 @@ from connectors.wire.stream import Stream
 from kvstore.arena import HostArena
 from kvstore.errors import ConfigError, MissingExtraError
 from tests.pipe_ends import nccl_end, nixl_end, tcp_end
+from tests.waiting import wait_until
 
 TIMEOUT_S = 30.0
 needs_nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
@@ -192,6 +193,19 @@ def test_strangers_are_dropped_and_are_no_hindrance(end: type[TcpEnd]) -> None:
         opened.close()
 
 
+@pytest.mark.parametrize("end", [TcpEnd, pytest.param(NixlEnd, marks=needs_nixl)])
+def test_an_end_that_is_closed_while_it_joins(end: type[TcpEnd]) -> None:
+    ends = [end(make_rows(), is_server=is_server) for is_server in (True, False)]
+    timer = threading.Timer(0.2, ends[0].close)
+    timer.start()
+    error, seconds = raised(partial(ends[0].join, ends[1].hello(), TIMEOUT_S))
+    assert isinstance(error, PipeClosedError)
+    assert seconds < TIMEOUT_S / 2
+    timer.join()
+    for one in ends:
+        one.close()
+
+
 def test_only_strangers_come() -> None:
     server, client = TcpEnd(make_rows(), is_server=True), TcpEnd(make_rows(), is_server=False)
     stop = threading.Event()
@@ -298,6 +312,36 @@ def test_nccl_without_a_gpu() -> None:
         NcclEnd(make_rows(), is_server=True, device=torch.device("cuda"))
     with pytest.raises(ConfigError, match="CUDA device"):
         NcclEnd(make_rows(), is_server=True, device=torch.device("meta"))
+
+
+def test_gloo_ends_that_send_other_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To gloo that would be the end of the process."""
+    server = NcclEnd(make_rows(), is_server=True)
+    monkeypatch.setattr("connectors.nccl._STEP_NBYTES", 1 << 20)
+    client = NcclEnd(make_rows(), is_server=False)
+    for end, hello in ((server, client.hello()), (client, server.hello())):
+        with pytest.raises(PipeProtocolError, match="bytes at a time"):
+            end.join(hello, TIMEOUT_S)
+        end.close()
+
+
+def test_gloo_that_joins_a_stranger_leaves_nothing() -> None:
+    server, client = (NcclEnd(make_rows(), is_server=is_server) for is_server in (True, False))
+    hellos = [end.hello() for end in (client, server)]
+    client._nccl_hello = msgspec.structs.replace(client._nccl_hello, token=b"x" * 32)
+    errors = [
+        error
+        for error, _ in at_once(
+            *[
+                partial(raised, partial(end.join, hello, TIMEOUT_S))
+                for end, hello in zip((server, client), hellos, strict=True)
+            ]
+        )
+    ]
+    assert any(isinstance(error, PipeProtocolError) for error in errors)
+    for end in (server, client):
+        end.close()
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "kvstore-gloo"])
 
 
 def test_beside_another_default_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from connectors.control import ControlRefusedError
 from connectors.lookup_messages import Reserve, Reserved
@@ -22,6 +23,8 @@ from kvstore.keys import BlockKey, keys_to_array
 from kvstore.lookup_buffer import Item, LocalLookupBuffer
 from kvstore.planes import Planes
 from kvstore.slot import Slots
+
+_LOOK_S: Final = 0.5  # whether it was closed
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +56,7 @@ class Tickets(Held[Ticket]):
     def __init__(self, buffer: LocalLookupBuffer, planes: Planes, numbers: Iterator[int], hold_s: float) -> None:
         super().__init__("tickets", numbers)
         self._buffer, self._planes, self._hold_s = buffer, planes, hold_s
+        self._closed = False
 
     def reserve(self, peer: str, keys: list[BlockKey], request: Reserve, timeout_s: float) -> Reserved:
         """Room for a prefix; may wait for it so long.
@@ -65,8 +69,13 @@ class Tickets(Held[Ticket]):
         if request.namespace != current[1]:
             raise ControlRefusedError("another epoch")
         self.check_room()
+        deadline = time.monotonic() + timeout_s
         try:
-            found = self._buffer.reserve(keys, time.monotonic() + timeout_s, hand_over=request.hand_over)
+            while True:
+                until = min(deadline, time.monotonic() + _LOOK_S)
+                found = self._buffer.reserve(keys, until, hand_over=request.hand_over)
+                if found is not None or until == deadline or self._closed:
+                    break
         except KVStoreError as e:
             raise ControlRefusedError(str(e)) from e
         if found is None:
@@ -101,4 +110,6 @@ class Tickets(Held[Ticket]):
         self._buffer.publish(ticket.keys, ticket.slots, ticket.current, ticket.item)
 
     def close(self) -> None:
+        """Nobody waits for room any more, and what is held is given back."""
+        self._closed = True
         self.end_where(lambda _: True)

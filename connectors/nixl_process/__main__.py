@@ -57,10 +57,10 @@ _Arenas = weakref.WeakValueDictionary[tuple[int, int], mmap.mmap]  # by device a
 
 
 def main() -> int:
-    """``python -m connectors.nixl_process CONTROL_FD``"""
+    """``python -m connectors.nixl_process CONTROL_FD PARENT_PID``"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
     os.dup2(2, 1)  # UCX tells on stdout, which may be the parent's own
-    parent = os.getppid()
+    parent = int(sys.argv[2])
     pipes: list[_Pipe] = []
     arenas: _Arenas = weakref.WeakValueDictionary()
     with socket.socket(fileno=int(sys.argv[1])) as control, contextlib.suppress(OSError):
@@ -71,10 +71,12 @@ def main() -> int:
             try:
                 order, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE_NBYTES, 3)
             except TimeoutError:
+                order = None
+            pipes = [pipe for pipe in pipes if pipe.thread.is_alive()]  # the others' memory goes with them
+            if order is None:
                 continue
             if not order:
                 break
-            pipes = [pipe for pipe in pipes if pipe.thread.is_alive()]
             pipes.append(_Pipe(order, fds, arenas))
     end = time.monotonic() + _END_S
     for pipe in pipes:

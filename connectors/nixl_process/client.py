@@ -31,7 +31,7 @@ from connectors.nixl_process.messages import (
 )
 from connectors.pipe import PipeClosedError, PipeError, PipeProtocolError, PipeTimeoutError
 
-_OPEN_S: Final = 60.0  # for the process to start, and UCX in it
+_OPEN_S: Final = 20.0  # for the process to start, and UCX in it
 
 
 def _nothing() -> None:

@@ -52,7 +52,7 @@ class TransportProcess:
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "connectors.nixl_process", str(theirs.fileno())],
+                    [sys.executable, "-m", "connectors.nixl_process", str(theirs.fileno()), str(os.getpid())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(),),
@@ -71,6 +71,7 @@ class TransportProcess:
             process = _running.get(is_local)
             if process is None or process._is_over():
                 process = _running[is_local] = cls(is_local=is_local)
+                process._users |= {hold for hold in _holds if hold.is_local == is_local}
             process._users.add(user)
             return process
 
@@ -119,9 +120,12 @@ class TransportProcess:
             self._forget()
             users = list(self._users)
         if users:
-            logger.error("NIXL's transport process has ended (exit code %s): %d pipes are closed", code, len(users))
+            logger.error("NIXL's transport process has ended (exit code %s): its pipes are closed", code)
         for user in users:
-            user.end()
+            try:
+                user.end()
+            except Exception:
+                logger.exception("a pipe of NIXL could not be closed")
         self._control.close()
 
     def _reap(self) -> int | None:
@@ -136,6 +140,7 @@ class TransportProcess:
 
 _lock = threading.Lock()
 _running: dict[bool, TransportProcess] = {}  # by whether its pipes are on loopback
+_holds: set[ProcessHold] = set()
 
 
 def _after_fork() -> None:
@@ -143,6 +148,7 @@ def _after_fork() -> None:
     global _lock  # noqa: PLW0603  # it may have been held
     _lock = threading.Lock()
     _running.clear()
+    _holds.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -165,7 +171,9 @@ def check_installed() -> None:
 
 
 class ProcessHold:
-    """Starts the process before the first pipe is asked for, and keeps it between pipes, until `close`."""
+    """Starts the process before the first pipe is asked for, and keeps it between pipes, until `close`. Where it
+    dies, the one that the next pipe starts is kept.
+    """
 
     def __init__(self, *, is_local: bool) -> None:
         """
@@ -174,12 +182,18 @@ class ProcessHold:
             PipeError: no process can be started.
         """
         check_installed()
-        self._process: TransportProcess | None = TransportProcess.of(self, is_local=is_local)
+        self.is_local = is_local
+        TransportProcess.of(self, is_local=is_local)
+        with _lock:
+            _holds.add(self)
 
     def end(self) -> None:
         """The next pipe starts another."""
 
     def close(self) -> None:
-        process, self._process = self._process, None
+        """May be called twice."""
+        with _lock:
+            _holds.discard(self)
+            process = _running.get(self.is_local)
         if process is not None:
             process.release(self)

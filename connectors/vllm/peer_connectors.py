@@ -29,7 +29,7 @@ from connectors.pipe import PipeEnd
 from connectors.registration import LEASE_S, Joins, PeerAddress, Registration, Role, read_secret
 from connectors.vllm.connector import KVStoreConnector
 from connectors.vllm.settings import EXTRA_CONFIG, Settings, named_in
-from connectors.wire.rendezvous import is_loopback
+from connectors.wire.rendezvous import is_loopback, listen_on
 from kvstore.errors import ConfigError
 from kvstore.identity import KVIdentity
 from kvstore.slot import Rows
@@ -139,15 +139,21 @@ class PeerConnector(KVStoreConnector):
     def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:
         with named_in(EXTRA_CONFIG):
             half = HandOverScheduler(self._store_config, num_workers, windows, hand_over=self._hand_over)
-        if self._register is not None:
-            self._registered = self._register(PeerAddress(address=half.address, key=half.public_key))
+        try:
+            if self._register is not None:
+                self._registered = self._register(PeerAddress(address=half.address, key=half.public_key))
+        except BaseException:
+            half.close()
+            raise
         return half
 
     def shutdown(self) -> None:
-        if self._registered is not None:
-            self._registered.close()  # first: nothing new is sent here
-            self._registered = None
-        super().shutdown()
+        registered, self._registered = self._registered, None
+        try:
+            if registered is not None:
+                registered.close()  # first: nothing new is sent here
+        finally:
+            super().shutdown()
 
     def _registration(self, settings: PeerSettings) -> Callable[[PeerAddress], Registration]:
         """What registers this server, once it is known where its control channel listens."""
@@ -213,13 +219,22 @@ class KVStoreNixlConnector(PeerConnector):
         from connectors.nixl_process.life import ProcessHold
 
         self._hold = ProcessHold(is_local=is_loopback(self._host))
-        return super().make_scheduler(num_workers, windows)
+        try:
+            return super().make_scheduler(num_workers, windows)
+        except BaseException:
+            self._let_go()
+            raise
 
     def shutdown(self) -> None:
-        super().shutdown()
-        if self._hold is not None:
-            self._hold.close()
-            self._hold = None
+        try:
+            super().shutdown()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.close()
 
     def make_end(self, rows: Rows, is_server: bool, offer_fd: int | None, host: str) -> PipeEnd:
         from connectors.nixl import NixlEnd
@@ -250,9 +265,16 @@ def reached_at(settings: PeerSettings, keys: CurveKeys | None) -> str:
     """
     name = "listen" if settings.advertise is None else "advertise"
     address, _ = checked_address(name, settings.advertise or settings.listen, keys)
-    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    host = host.strip("[]")
+    if settings.advertise is not None and not int(port):
+        raise ConfigError(f"advertise: {address} has no port; give the one of listen, which must not be 0 then")
     if host in ("0.0.0.0", "::", "*"):
         raise ConfigError(
             f"{name}: {address} is no address that another host can reach; set advertise to one, like tcp://10.0.0.2:7000"
         )
+    try:
+        listen_on(host, 1).close()  # as pipes do, once a peer asks
+    except ConfigError as e:
+        raise ConfigError(f"{name}: {address}, where pipes listen too: {e}") from e
     return host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import ipaddress
 import select
@@ -26,6 +27,9 @@ class Strangers:
         self._listener, self._magic, self._token = listener, magic, token
         self._open: dict[int, tuple[socket.socket, bytearray, float]] = {}  # by fd, the oldest first
         self._poll = select.poll()
+        self._listener_fd = listener.fileno()
+        if self._listener_fd < 0:
+            raise PipeClosedError("the end was closed")
         self._poll.register(listener, select.POLLIN)
 
     def __enter__(self) -> Strangers:
@@ -41,7 +45,7 @@ class Strangers:
         ready = self._poll.poll(max(0.0, min(ends) - time.monotonic()) * 1000)
         known = []
         for fd, _ in ready:
-            if fd == self._listener.fileno():
+            if fd == self._listener_fd:
                 self._take()
             elif (come := self._read(fd)) is not None:
                 known.append(come)
@@ -55,8 +59,10 @@ class Strangers:
     def _take(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # gone before it was taken
-            return
+        except OSError as e:
+            if e.errno in (errno.EBADF, errno.EINVAL):
+                raise PipeClosedError("the end was closed") from e
+            return  # gone before it was taken
         sock.setblocking(False)
         if len(self._open) >= MOST_STRANGERS:
             self._drop(next(iter(self._open))).close()

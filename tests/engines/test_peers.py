@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,10 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from connectors.curve_keys import CurveKeys, generate
+from connectors.registration import PeerAddress, Registration
 from connectors.testing import IDENTITY
 from kvstore.errors import ConfigError
 from tests.engines.engine import NEEDS_VLLM, Engine, blocks, make_llama, prompt, same
@@ -351,7 +354,39 @@ def test_a_server_that_listens_everywhere_says_where_it_is_reached(tmp_path: Pat
     for listen in ("tcp://0.0.0.0:7000", "tcp://[::]:7000", "tcp://*:7000"):
         with pytest.raises(ConfigError, match="listen: .*set advertise to one"):
             reached_at(PeerSettings(listen=listen), keys)
-    assert reached_at(PeerSettings(listen="tcp://0.0.0.0:7000", advertise="tcp://10.0.0.2:7000"), keys) == "10.0.0.2"
+    listen = "tcp://0.0.0.0:7000"
+    assert reached_at(PeerSettings(listen=listen, advertise="tcp://127.0.0.2:7000"), keys) == "127.0.0.2"
+    with pytest.raises(ConfigError, match="advertise: tcp://192.0.2.1:7000, where pipes listen too: .*no address of"):
+        reached_at(PeerSettings(listen=listen, advertise="tcp://192.0.2.1:7000"), keys)
+    with pytest.raises(ConfigError, match="advertise: tcp://127.0.0.2:0 has no port"):
+        reached_at(PeerSettings(listen=listen, advertise="tcp://127.0.0.2:0"), keys)
+
+
+def test_a_start_that_fails_leaves_no_process() -> None:
+    """One that cannot listen, and one that cannot register."""
+    from vllm.config import KVTransferConfig
+
+    from connectors.vllm import KVStoreNixlConnector
+
+    def left() -> tuple[int, int, int]:
+        return len(psutil.Process().children()), threading.active_count(), len(psutil.Process().net_connections())
+
+    before = left()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for listen, register_at in ((f"tcp://127.0.0.1:{taken.getsockname()[1]}", None), ("tcp://127.0.0.1:0", "http")):
+            connector = object.__new__(KVStoreNixlConnector)
+            connector._event_log_blocks = 0
+            connector._kv_transfer_config = KVTransferConfig(kv_connector="KVStoreNixlConnector", kv_role="kv_both")
+            connector.configure(IDENTITY, {"num_cpu_blocks": 8, "listen": listen})
+            if register_at is not None:
+                connector._register = fail
+            with pytest.raises(ConfigError):
+                connector.make_scheduler(1, (None,))
+        assert left() == (before[0], before[1], before[2] + 1)
+
+
+def fail(_: PeerAddress) -> Registration:
+    raise ConfigError("register_at: broken by a test")
 
 
 def test_every_setting_is_in_the_docs() -> None:

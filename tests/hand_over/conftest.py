@@ -20,7 +20,7 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return str(request.param)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_process() -> Iterator[None]:
     """NIXL's takes a second to start: it need not for each case, nor in a lease's time."""
     if importlib.util.find_spec("nixl") is None:

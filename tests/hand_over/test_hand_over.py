@@ -324,6 +324,7 @@ def test_after_a_reset_nothing_is_handed_over(make_engine: Callable[..., Engine]
         {"tp_size": 1 << 40},
         {"tp_size": 3},  # of which there is no way here
         {"id": "x"},
+        {"id": 0},  # anybody's
         {"namespace": "00" * 16},
     ],
     ids=str,
@@ -370,6 +371,17 @@ def test_a_producer_whose_key_is_not_let_in_is_not_asked(
     keys = make_keys(10)
     assert consumer.half.expect("r", [keys], stranger.prefill(keys)) == 0
     assert not consumer.half._peers._connections
+
+
+def test_a_request_that_names_anothers_key_is_no_hindrance(
+    make_engine: Callable[..., Engine], keys_of_three: list[CurveKeys]
+) -> None:
+    producer, consumer = make_engine(keys=keys_of_three[0]), make_engine(keys=keys_of_three[2])
+    keys = make_keys(10)
+    told = producer.prefill(keys)
+    wrong = {"kvstore_peer": {**told["kvstore_peer"], "key": keys_of_three[1].public}}  # which is let in
+    assert consumer.half.expect("wrong", [keys], wrong) == 10
+    assert consumer.decode("right", keys, told) == 10
 
 
 def test_wrong_settings(tmp_path: Path) -> None:

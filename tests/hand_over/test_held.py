@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,39 @@ import pytest
 import torch
 
 from connectors.control import ControlRefusedError, ControlTimeoutError
-from connectors.lookup_messages import Fetch, Insert, Reserve, Reserved, Select, Selected
+from connectors.hand_over import HandOverScheduler
+from connectors.hand_over_told import HandOverConfig
+from connectors.lookup_messages import (
+    VERSION,
+    Fetch,
+    Insert,
+    Join,
+    Reserve,
+    Reserved,
+    Select,
+    Selected,
+    identity_fields,
+)
 from connectors.lookup_service.lanes import MOST_PIPES
+from connectors.pipe import PipeTimeoutError
 from connectors.remote_peer import RemotePeer
 from connectors.testing import make_keys
 from kvstore import BlockKey
-from tests.hand_over.peers import NUM_BLOCKS, Engine, Remote, Served, blocks_of, is_idle, number_of, take
+from kvstore.config import JournalConfig
+from kvstore.errors import ConfigError
+from kvstore.jobs import ReadJob
+from tests.hand_over.peers import (
+    NUM_BLOCKS,
+    Engine,
+    Remote,
+    Served,
+    blocks_of,
+    is_idle,
+    make_end,
+    number_of,
+    store_config,
+    take,
+)
 from tests.waiting import wait_until
 
 
@@ -73,7 +101,7 @@ def test_what_is_being_sent_stays_though_its_selection_ends(served: Served, remo
         assert is_mine
         served.service._selections.end(taken.peer, answer.selection)
         assert not served.buffer.insert(others, blocks_of(others), timeout_s=0)
-    assert served.buffer.insert(others, blocks_of(others), timeout_s=0)
+    assert served.buffer.insert(others, blocks_of(others), timeout_s=5)  # they may be being sealed
     with taken.use() as is_mine:
         assert not is_mine
 
@@ -283,6 +311,7 @@ def test_what_is_larger_than_a_consumers_memory_comes_as_far_as_it_has(make_engi
     for room in (8, 16):
         consumer = make_engine(room)
         assert consumer.decode("r", keys, producer.prefill(keys)) == room
+        wait_until(lambda: is_idle(producer))  # what was not wanted has been given back
         consumer.wait_unpinned()
     wait_until(lambda: is_idle(producer))
 
@@ -314,3 +343,81 @@ def test_roles_are_kept(make_engine: Callable[..., Engine]) -> None:
     assert number_of(told) and consumer.decode("r", keys, told) == 4
     asker.close()
     pusher.close()
+
+
+def test_what_could_not_be_stored_is_not_waited_for(make_engine: Callable[..., Engine]) -> None:
+    """It fails after the hand-over was told; what lies before it comes."""
+    producer, consumer = make_engine(lease_s=60.0), make_engine()
+    keys = make_keys(8)
+    producer.store(keys[:5], range(5))
+    producer.step()
+    producer.step()  # it is there
+    producer.half.store([keys], [list(range(8))])
+    jobs = producer.half.end_step().stores
+    told = producer.half.hand_over([keys], {})
+    assert told is not None
+    assert told["kvstore_peer"]["num_blocks"] == 8
+    producer.half.failed([job.number for job in jobs])
+    producer.half.reported({job.number: 1 for job in jobs})
+    assert not producer.half._buffer._claims.keys() & set(keys[5:])
+    start = time.monotonic()
+    assert consumer.decode("r", keys, told) == 5
+    assert time.monotonic() - start < 3.0  # of 4 s
+    wait_until(lambda: is_idle(producer))
+
+
+def test_of_a_window_only_what_was_stored_is_held() -> None:
+    hand_over = HandOverConfig(transport="tcp", make_end=make_end)
+    half = HandOverScheduler(store_config(), 1, (None, 2), hand_over=hand_over)
+    keys = [[BlockKey.of(key.block_hash, group) for key in make_keys(6)] for group in range(2)]
+    half.store(keys, [list(range(6)), [None] * 4 + [4, 5]])
+    half.reported({job.number: 1 for job in half.end_step().stores})
+    told = half.hand_over(keys)
+    assert told is not None
+    assert half._buffer.wait_for(half._buffer._items[number_of(told)], time.monotonic())
+    assert half._buffer.usage() == (8, 0)
+    half.close()
+
+
+def test_a_late_read_leaves_the_pipe_whole(served: Served, remote: Remote) -> None:
+    keys, peer, manager = make_keys(6), remote.buffer._peer, remote.planes.manager
+    served.buffer.insert(keys, blocks_of(keys), timeout_s=5)
+
+    selection = peer.select(keys, time.monotonic() + 5)
+
+    def read(first: int, left_s: float) -> ReadJob:
+        slots = manager.reserve(3, time.monotonic())
+        return peer.read(selection, first, slots, time.monotonic() + left_s)
+
+    assert all(good for _, good in read(0, 5.0))
+    pipe = peer._pipe
+    late = read(3, -0.01)
+    wait_until(lambda: late._returned.qsize() == 1)
+    assert isinstance(late._returned.get()[1], PipeTimeoutError)
+    assert [good for _, good in read(3, 5.0)] == [True] * 3
+    assert peer._pipe is pipe
+
+
+def test_a_pipe_that_is_being_joined_ends_at_once(served: Served, remote: Remote) -> None:
+    end = remote.peer._make_end(remote.planes.arena.rows)
+    ask(remote, Join(VERSION, identity_fields(remote.planes.identity), served.transport, end.hello()))
+    end.close()  # nobody comes
+    start = time.monotonic()
+    served.service.close()
+    assert time.monotonic() - start < (2.0 if served.transport != "gloo" else 15.0)  # whose group knows a deadline only
+    assert not served.service._lanes._ending
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for settings, hand_over in (
+        ({"journal": JournalConfig(path=str(tmp_path / "file"))}, {}),
+        ({}, {"lease_s": 0.0}),
+        ({}, {"listen": "tcp://192.0.2.1:5", "keys": None}),
+    ):
+        with pytest.raises(ConfigError):
+            HandOverScheduler(
+                store_config(**settings), 1, hand_over=HandOverConfig(transport="tcp", make_end=make_end, **hand_over)
+            )
+    wait_until(lambda: (threading.active_count(), len(os.listdir("/proc/self/fd"))) <= before)
