@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -376,11 +377,13 @@ def test_a_producer_whose_key_is_not_let_in_is_not_asked(
 def test_a_request_that_names_anothers_key_is_no_hindrance(
     make_engine: Callable[..., Engine], keys_of_three: list[CurveKeys]
 ) -> None:
-    producer, consumer = make_engine(keys=keys_of_three[0]), make_engine(keys=keys_of_three[2])
+    a, b, c = keys_of_three
+    producer, consumer = make_engine(keys=replace(a, peers={"c": c.public})), make_engine(keys=c)
     keys = make_keys(10)
     told = producer.prefill(keys)
-    wrong = {"kvstore_peer": {**told["kvstore_peer"], "key": keys_of_three[1].public}}  # which is let in
+    wrong = {"kvstore_peer": {**told["kvstore_peer"], "key": b.public}}  # which is let in
     assert consumer.half.expect("wrong", [keys], wrong) == 10
+    consumer.half.forget("wrong")
     assert consumer.decode("right", keys, told) == 10
 
 
