@@ -119,8 +119,8 @@ def ls(
 ) -> None:
     """Show what is stored, by namespace.
 
-    A row for each, with model, blocks, bytes and age; with --journal also requests, hits and tenants. Reads no
-    payload and writes nothing; running stores are not disturbed.
+    A row for each, with model, blocks, bytes and age; with --journal also requests, tenants, and in which tiers blocks
+    were found. Reads no payload and writes nothing; running stores are not disturbed.
 
     \b
     Example: kvstore ls /var/cache/kv --sort bytes --reverse --limit 5

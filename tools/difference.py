@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from itertools import islice
+from typing import Any, Final, Generic, TypeVar
 
 from rich.console import RenderableType
 
@@ -12,8 +13,10 @@ from tools.layer_sums import LayerDifference
 from tools.output import lines, table
 
 COLUMNS: Final = ("layer", "part", "apart", "from token", "max |a-b|", "relative", "cosine", "NaN a", "NaN b")
+MOST_LISTED: Final = 1000
 _SHOWN: Final = 5
 _TOLD: Final = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,19 @@ class Missing:
 
 
 @dataclass(slots=True)
+class Counted(Generic[T]):
+    """What may be millions: the first of them, and how many blocks there are."""
+
+    first: list[T] = field(default_factory=list)
+    blocks: int = 0
+
+    def add(self, blocks: int, some: Iterable[T]) -> None:
+        """So many more; of ``some`` no more is taken than is kept."""
+        self.blocks += blocks
+        self.first += islice(some, MOST_LISTED - len(self.first))
+
+
+@dataclass(slots=True)
 class Difference:
     """Attributes:
     common: blocks that were compared; ``blocks_apart`` of them are.
@@ -47,18 +63,22 @@ class Difference:
     is_exact: there was no tolerance.
     """
 
-    only_a: list[Missing] = field(default_factory=list)
-    only_b: list[Missing] = field(default_factory=list)
+    only_a: Counted[Missing] = field(default_factory=Counted)
+    only_b: Counted[Missing] = field(default_factory=Counted)
     common: int = 0
     blocks_apart: int = 0
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: Counted[str] = field(default_factory=Counted)
     layers: list[LayerDifference] = field(default_factory=list)
     first: Divergence | None = None
     is_exact: bool = True
 
     @property
     def is_equal(self) -> bool:
-        return bool(self.common) and not (self.only_a or self.only_b or self.unreadable or self.first)
+        return bool(self.common) and not (self.num_not_compared or self.first)
+
+    @property
+    def num_not_compared(self) -> int:
+        return self.only_a.blocks + self.only_b.blocks + self.unreadable.blocks
 
     @property
     def apart(self) -> list[LayerDifference]:
@@ -70,17 +90,20 @@ class Difference:
         return min((one.layer for one in self.apart), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        summary = {"equal": self.is_equal, "summary": self.summary(), "first_layer": self.first_layer}
-        return {**summary, **asdict(self)}
+        found = {"equal": self.is_equal, "summary": self.summary(), "first_layer": self.first_layer, **asdict(self)}
+        for name in ("only_a", "only_b", "unreadable"):
+            counted = found[name]
+            found |= {name: counted["first"], f"{name}_blocks": counted["blocks"]}
+        return found
 
     def summary(self) -> str:
         """What differs, in a sentence."""
         told = [self._told()] if self.common else []
         for side, missing in (("a", self.only_a), ("b", self.only_b)):
-            if missing:
-                told.append(f"only {side} has {_blocks(len(missing))}")
-        if self.unreadable:
-            told.append(f"{_blocks(len(self.unreadable))} cannot be read")
+            if missing.blocks:
+                told.append(f"only {side} has {_blocks(missing.blocks)}")
+        if self.unreadable.blocks:
+            told.append(f"{_blocks(self.unreadable.blocks)} cannot be read")
         return "; ".join(told if self.common else ["nothing was compared", *told])
 
     def parts(self, *, everything: bool) -> Iterator[RenderableType]:
@@ -89,8 +112,10 @@ class Difference:
         if self.first is not None:
             yield from lines(self._where(self.first))
         for what, missing in (("only a has", self.only_a), ("only b has", self.only_b)):
-            yield from _listed(what, [_name(one) for one in missing])
-        yield from _listed("cannot be read", [key[:16] for key in self.unreadable])
+            yield from _listed(what, [_name(one) for one in missing.first[:_SHOWN]], missing.blocks)
+        yield from _listed(
+            "cannot be read", [key[:16] for key in self.unreadable.first[:_SHOWN]], self.unreadable.blocks
+        )
         shown = self.layers if everything else self.apart
         if shown:
             title = f"{_blocks(self.common)} that both have"
@@ -145,10 +170,10 @@ def _cells(one: LayerDifference) -> tuple[object, ...]:
     return (one.layer, one.part, one.apart, token, *numbers, one.nan_a, one.nan_b)
 
 
-def _listed(what: str, names: Sequence[str]) -> Iterator[RenderableType]:
+def _listed(what: str, names: Sequence[str], total: int) -> Iterator[RenderableType]:
     if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        yield from lines(f"{what}: {', '.join(names[:_SHOWN])}{more}")
+        more = f" and {total - len(names)} more" if total > len(names) else ""
+        yield from lines(f"{what}: {', '.join(names)}{more}")
 
 
 def _name(one: Missing) -> str:

@@ -18,7 +18,7 @@ from kvstore.keys import BlockKey
 from kvstore.prefix_file import PrefixFile
 from kvstore.stored_format import StoredFormat
 from kvstore.tiers.catalog import Catalog
-from tools.blocks import Place, by_start, find, formats_of, places, prompts_by_format, read_any, same_content
+from tools.blocks import Place, by_start, find, formats_of, prompts_by_format, read_any, same_content
 from tools.choice import Choice
 from tools.places import find_catalogs
 
@@ -43,14 +43,21 @@ class Held:
 
 @contextmanager
 def held(path: Path, choice: Choice | None, integrity_key_file: str | None = None) -> Iterator[list[Held]]:
-    """The blocks that are chosen, or all, in the order of their indices; to be read while it is open.
+    """The blocks that are chosen, or all of a file, in the order of their indices; to be read while it is open.
 
     Raises:
-        ConfigError: nothing of a tier at the path, the file is none, or a prompt cannot be looked for.
+        ConfigError: nothing of a tier at the path, or none of its blocks was chosen; the file is none, or a prompt
+            cannot be looked for.
         NotStoredError: a key is that of no block, or of several; no block of the prompt is there.
     """
     if not path.is_file():
-        yield _of_directories(find_catalogs(path, integrity_key_file), choice)
+        catalogs = find_catalogs(path, integrity_key_file)
+        if choice is None:
+            raise ConfigError(
+                f"the blocks of the store {str(path)!r} have no order; name them by --tokens, --text, --request or "
+                "--key"
+            )
+        yield _of_directories(catalogs, choice)
         return
     with closing(PrefixFile(path)) as file:
         if file.header.is_raw:
@@ -58,23 +65,19 @@ def held(path: Path, choice: Choice | None, integrity_key_file: str | None = Non
         yield _of_file(file, choice)
 
 
-def _of_directories(catalogs: Sequence[Catalog], choice: Choice | None) -> list[Held]:
-    if choice is None:
-        found: dict[BlockKey, list[Place]] = {}
-        for place in places(catalogs):
-            found.setdefault(place.key, []).append(place)
-        return [_stored(there, None, None) for there in found.values()]
-    there = find(catalogs, choice)
-    if choice.starts():
-        return [_stored(one, i, None) for i, one in enumerate(there)]
-    where = _in_prompt(formats_of(catalogs), choice)
-    return sorted((_stored(one, *where[one[0].key]) for one in there), key=lambda block: block.index or 0)
-
-
-def _stored(there: Sequence[Place], index: int | None, token: int | None) -> Held:
+def stored(there: Sequence[Place], index: int | None = None, token: int | None = None) -> Held:
+    """A block of a store, by its places."""
     fmt = there[0].fmt
     model = "?" if fmt is None else str(fmt.content.get("model"))
     return Held(there[0].key, index, token, model, partial(_read, there))
+
+
+def _of_directories(catalogs: Sequence[Catalog], choice: Choice) -> list[Held]:
+    there = find(catalogs, choice)
+    if choice.starts():
+        return [stored(one, i) for i, one in enumerate(there)]
+    where = _in_prompt(formats_of(catalogs), choice)
+    return sorted((stored(one, *where[one[0].key]) for one in there), key=lambda block: block.index or 0)
 
 
 def _read(there: Sequence[Place]) -> torch.Tensor | None:

@@ -103,13 +103,23 @@ def tier_uses(view: JournalView) -> list[TierUse]:
     return found
 
 
+def hits_by_tier(request: Request) -> dict[str, int]:
+    """Leading blocks by the tier that had them, from the top; together no more than the prompt has."""
+    left, found = request.num_blocks, {}
+    for tier in (*TIERS, *sorted(request.hits.keys() - set(TIERS))):
+        if n := min(left, request.hits.get(tier, 0)):
+            found[tier] = n
+            left -= n
+    return found
+
+
 def _hits(requests: Sequence[Request]) -> tuple[Counter[tuple[int, str]], Counter[tuple[int, str]]]:
     """By (process, tier): blocks that were found there, and blocks that no tier above had."""
     hits, asked = Counter[tuple[int, str]](), Counter[tuple[int, str]]()
     for request in requests:
-        left = request.num_blocks
+        left, by_tier = request.num_blocks, hits_by_tier(request)
         for tier in TIERS:
-            n = min(left, request.hits.get(tier, 0))
+            n = by_tier.get(tier, 0)
             hits[request.pid, tier] += n
             asked[request.pid, tier] += left
             left -= n
@@ -171,9 +181,9 @@ def windows(requests: Sequence[Request], start_s: float, end_s: float) -> Window
     found = {name: np.zeros(n) for name in (*tiers, "computed")}
     for request in requests:
         at = min(n - 1, max(0, int((request.t_ns / 1e9 - start_s) / width)))
-        left = request.num_blocks
+        left, by_tier = request.num_blocks, hits_by_tier(request)
         for tier in tiers:
-            hit = min(left, request.hits.get(tier, 0))
+            hit = by_tier.get(tier, 0)
             found[tier][at] += hit
             left -= hit
         found["computed"][at] += left

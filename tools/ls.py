@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +17,9 @@ from tools.foreign.base import ForeignStore
 from tools.names import check_namespace, check_there, models_like
 from tools.output import age, lines, progress, size, table
 from tools.places import find_stored
+from tools.usage import Usage, usage_of, usage_parts
 
 COLUMNS = ("model", "tier", "path", "namespace", "blocks", "bytes", "oldest", "newest", "state")
-JOURNAL_COLUMNS = ("requests", "hits", "tenants")
-_MOST_TENANTS: Final = 8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +30,6 @@ class Row:
         model, revision, dtype, block_size: None where the directory's description is damaged.
         state: "served"; "old epoch": only stores that wrote it since their reset find it; "another system's".
         oldest_s, newest_s: since chunks were stored (disk) or last used, to the hour (shared).
-        requests, hit_blocks, tenants: that a journal knows of the namespace; None without one.
     """
 
     tier: str
@@ -48,56 +45,46 @@ class Row:
     nbytes: int
     oldest_s: float
     newest_s: float
-    requests: int | None = None
-    hit_blocks: int | None = None
-    tenants: dict[str, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the model, for people."""
+        revision = "" if self.revision is None else f"@{self.revision[:12]}"
+        return ("?" if self.model is None else self.model) + revision
 
     def cells(self) -> tuple[object, ...]:
-        """For people; see `COLUMNS` and, with a journal, `JOURNAL_COLUMNS`."""
-        model = "?" if self.model is None else self.model
-        if self.revision is not None:
-            model += f"@{self.revision[:12]}"
-        asked: tuple[object, ...] = ()
-        if self.tenants is not None:
-            asked = (self.requests, self.hit_blocks, len(self.tenants.keys() - {""}))
+        """For people; see `COLUMNS`."""
         return (
-            model, self.tier, self.path, self.namespace[:12], self.blocks, size(self.nbytes), age(self.oldest_s),
-            age(self.newest_s), self.state, *asked,
+            self.name, self.tier, self.path, self.namespace[:12], self.blocks, size(self.nbytes), age(self.oldest_s),
+            age(self.newest_s), self.state,
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What is stored below a path, and what is wrong there: directory -> problems."""
+    """What is stored below a path, and what is wrong there: directory -> problems.
+
+    Attributes:
+        usage: namespace -> what a journal knows of it, of those that have a row; None without a journal.
+    """
 
     rows: list[Row]
     problems: dict[str, list[str]]
-    has_journal: bool = False
+    usage: dict[str, Usage] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"namespaces": [asdict(row) for row in self.rows], "problems": self.problems}
-
-    def columns(self) -> tuple[str, ...]:
-        return (*COLUMNS, *(JOURNAL_COLUMNS if self.has_journal else ()))
+        asked = None if self.usage is None else [usage.to_dict() for usage in self.usage.values()]
+        return {"namespaces": [asdict(row) for row in self.rows], "asked": asked, "problems": self.problems}
 
     def parts(self) -> Iterator[RenderableType]:
         """For people."""
         if self.rows:
-            yield table("", self.columns(), (row.cells() for row in self.rows), left=4)
-            yield from self._tenants()
+            yield table("", COLUMNS, (row.cells() for row in self.rows), left=4)
         else:
             yield from lines("nothing is stored")
+        if self.usage:
+            yield from usage_parts(list(self.usage.values()), {row.namespace: row.name for row in self.rows})
         yield from problem_lines(self.problems)
-
-    def _tenants(self) -> Iterator[RenderableType]:
-        """Who asks most, of the tenants that the journal knows."""
-        counts = Counter[str]()
-        for tenants in {row.namespace: row.tenants or {} for row in self.rows}.values():
-            counts.update(tenants)
-        if set(counts) - {""}:
-            most = counts.most_common(_MOST_TENANTS)
-            said = ", ".join(f"{tenant or 'no tenant'} {n}" for tenant, n in most)
-            yield from lines(f"requests by tenant: {said}{', ...' if len(counts) > len(most) else ''}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +119,12 @@ class Chosen:
             and place.chunk.space.namespace.hex().startswith(self.namespace.lower())
         )
 
-    def rows(self, rows: Sequence[Row]) -> list[Row]:
-        """Raises NotStoredError where none is of such a model, or of such a namespace."""
+    def rows(self, rows: Sequence[Row], usage: Mapping[str, Usage]) -> list[Row]:
+        """Those that are wanted; ``usage`` by namespace.
+
+        Raises:
+            NotStoredError: none is of such a model, or of such a namespace.
+        """
         if self.model:
             models_like(self.model, {row.model for row in rows} - {None})
         if self.namespace:
@@ -146,18 +137,20 @@ class Chosen:
             and row.namespace.startswith(self.namespace.lower())
             and row.newest_s >= self.older_than_s
         ]
-        return sorted(wanted, key=SORTS[self.sort], reverse=self.reverse)[: self.limit]
+        nobody, key = Usage(namespace=""), SORTS[self.sort]
+        wanted.sort(key=lambda row: key(row, usage.get(row.namespace, nobody)), reverse=self.reverse)
+        return wanted[: self.limit]
 
 
-SORTS: Final[dict[str, Callable[[Row], Any]]] = {
-    "path": lambda row: (row.path, row.tier, -row.blocks),
-    "model": lambda row: (row.model or "", row.path),
-    "blocks": lambda row: row.blocks,
-    "bytes": lambda row: row.nbytes,
-    "oldest": lambda row: row.oldest_s,
-    "newest": lambda row: row.newest_s,
-    "requests": lambda row: row.requests or 0,
-    "hits": lambda row: row.hit_blocks or 0,
+SORTS: Final[dict[str, Callable[[Row, Usage], Any]]] = {
+    "path": lambda row, _: (row.path, row.tier, -row.blocks),
+    "model": lambda row, _: (row.model or "", row.path),
+    "blocks": lambda row, _: row.blocks,
+    "bytes": lambda row, _: row.nbytes,
+    "oldest": lambda row, _: row.oldest_s,
+    "newest": lambda row, _: row.newest_s,
+    "requests": lambda _, usage: usage.requests,
+    "hits": lambda _, usage: usage.hit_blocks,
 }
 
 
@@ -175,24 +168,15 @@ def list_stored(path: Path, chosen: Chosen | None = None, journal: Path | None =
         rows += [_row(summary, time.time_ns()) for summary in found]
     rows += [_foreign_row(store, time.time_ns()) for store in stores]
     problems = problems_of(catalogs, stores)
+    usage: dict[str, Usage] | None = None
     if journal is not None:
         view = JournalView.of(journal)
-        _add_requests(rows, view)
+        usage = usage_of(view.requests)
         problems |= {f"journal: {journal}": view.problems} if view.problems else {}
-    return Listing((chosen or Chosen()).rows(rows), problems, journal is not None)
-
-
-def _add_requests(rows: Sequence[Row], view: JournalView) -> None:
-    requests, hits = Counter[str](), Counter[str]()
-    tenants: dict[str, Counter[str]] = defaultdict(Counter)
-    for request in view.requests:
-        namespace = request.namespace.hex()
-        requests[namespace] += 1
-        hits[namespace] += request.num_hits
-        tenants[namespace][request.tenant] += 1
-    for row in rows:
-        row.requests, row.hit_blocks = requests[row.namespace], hits[row.namespace]
-        row.tenants = dict(tenants[row.namespace].most_common())
+    shown = (chosen or Chosen()).rows(rows, usage or {})
+    if usage is not None:
+        usage = {row.namespace: usage[row.namespace] for row in shown if row.namespace in usage}
+    return Listing(shown, problems, usage)
 
 
 def problems_of(catalogs: Sequence[Catalog], stores: Sequence[ForeignStore] = ()) -> dict[str, list[str]]:

@@ -48,6 +48,7 @@ class StoredChunk:
         key_bytes: the block keys that it is found by, one after the other.
         time_ns: when it was stored (disk), or last used, to the hour (shared).
         generation: what the index says of it; 0 where there is no index.
+        is_whole: ``key_bytes`` are those of all of its blocks, as an index has them; else it may hold others too.
     """
 
     space: Space
@@ -56,6 +57,7 @@ class StoredChunk:
     nbytes: int
     time_ns: int
     generation: int = 0
+    is_whole: bool = False
 
     @property
     def keys(self) -> list[BlockKey]:
@@ -173,8 +175,7 @@ def why_bad(codec: SlotCodec, row: NDArray[np.uint8], chunk: StoredChunk) -> str
         return TRAILER_IS_DAMAGED
     if namespace != chunk.space.namespace:
         return f"holds namespace {namespace.hex()}"
-    on_disk = isinstance(chunk.place, int)  # where the index names all keys; a file has those names that it has
-    if chunk.keys != keys if on_disk else not set(chunk.keys) <= set(keys):
+    if chunk.keys != keys if chunk.is_whole else not set(chunk.keys) <= set(keys):
         return f"holds other keys: {keys[0]} and on"
     if chunk.generation not in (0, int(trailer.generations[0])):
         return "holds another generation"

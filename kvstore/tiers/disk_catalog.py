@@ -70,7 +70,8 @@ class DiskCatalog(Catalog):
         records = self.records()
         for i, (slot, generation) in enumerate(zip(records.slots.tolist(), records.generations.tolist(), strict=True)):
             space = self.space(records.namespaces[i].tobytes())
-            yield StoredChunk(space, slot, records.keys[i].tobytes(), fmt.slot.slot_nbytes, generation, generation)
+            keys = records.keys[i].tobytes()
+            yield StoredChunk(space, slot, keys, fmt.slot.slot_nbytes, generation, generation, is_whole=True)
 
     def records(self) -> Records:
         """Everything that a store could find here, as arrays."""
@@ -80,23 +81,29 @@ class DiskCatalog(Catalog):
         index = self._read_index_once(fmt)
         return self._scan(fmt) if index is None else index
 
-    def summary(self, progress: Callable[[int], None] = lambda _: None) -> list[Summary]:
-        """From the index as it streams by: memory does not grow with it."""
-        if self._described is None:
-            return []
-        _, fmt = self._described
+    def fold(self, fold: Callable[[Iterable[Records]], T]) -> T:
+        """What becomes of everything that a store could find here, piece by piece: memory does not grow with it.
 
+        Args:
+            fold: called again, from the start, where the index turns out to be unreadable; does not return None.
+        """
+        if self._described is None:
+            return fold(())
+        _, fmt = self._described
+        found = self._fold_index(fmt, fold)
+        return fold(self._scan_pieces(fmt)) if found is None else found
+
+    def summary(self, progress: Callable[[int], None] = lambda _: None) -> list[Summary]:
         def fold(pieces: Iterable[Records]) -> list[Summary]:
             found: dict[bytes, Summary] = {}
             for records in pieces:
-                self._add(found, fmt, records)
+                self._add(found, records)
                 progress(len(records))
             return list(found.values())
 
-        summaries = self._fold_index(fmt, fold)
-        return fold(self._scan_pieces(fmt)) if summaries is None else summaries
+        return self.fold(fold)
 
-    def _add(self, found: dict[bytes, Summary], fmt: StoredFormat, records: Records) -> None:
+    def _add(self, found: dict[bytes, Summary], records: Records) -> None:
         halves = np.ascontiguousarray(records.namespaces).view(np.uint64).reshape(-1, 2)
         left = np.ones(len(records), dtype=np.bool_)
         while left.any():
@@ -104,9 +111,11 @@ class DiskCatalog(Catalog):
             mine = left & (halves == halves[first]).all(axis=1)
             left &= ~mine
             namespace = records.namespaces[first].tobytes()
-            summary = found.setdefault(namespace, Summary(self.space(namespace)))
-            n, times = int(mine.sum()), records.generations[mine]
-            summary.add(n, n * fmt.slot.blocks_per_chunk, n * fmt.slot.slot_nbytes, int(times.min()), int(times.max()))
+            space, n, times = self.space(namespace), int(mine.sum()), records.generations[mine]
+            assert space.fmt is not None
+            slot, ages = space.fmt.slot, (int(times.min()), int(times.max()))
+            summary = found.setdefault(namespace, Summary(space))
+            summary.add(n, n * slot.blocks_per_chunk, n * slot.slot_nbytes, *ages)
 
     def check(self) -> Iterator[Verdict]:
         if self._described is None:

@@ -86,6 +86,18 @@ class SharedCatalog(Catalog):
                 keys, status = b"".join(file.keys), file.status
                 yield StoredChunk(space, file.path, keys, status.st_size, status.st_mtime_ns)
 
+    def names(self, first_bytes: range) -> Iterator[tuple[int, BlockKey]]:
+        """The blocks whose keys begin so, each with the number of its space, from names alone: memory does not grow
+        with them. `chunk_of` takes both."""
+        for number, (folder, _) in enumerate(self._spaces):
+            for _, key in self._named(folder, first_bytes):
+                yield number, key
+
+    def chunk_of(self, number: int, key: BlockKey) -> StoredChunk:
+        """One block's chunk, without its other blocks, its size and its age."""
+        folder, space = self._spaces[number]
+        return StoredChunk(space, folder / key[:1].hex() / f"{key}{SUFFIX}", bytes(key), 0, 0)
+
     def check(self) -> Iterator[Verdict]:
         for chunk in self.chunks():
             verdict = self.read(chunk)
@@ -182,18 +194,22 @@ class SharedCatalog(Catalog):
     def _files(self, placed: Path) -> Iterator[_File]:
         """Files with all of their names; those with one name come first."""
         linked: dict[Inode, _File] = {}
-        for folder in self._subfolders(placed, FAN_OUT_NAME):
-            try:
-                for file, key in self._names(folder):
-                    if file.status.st_nlink == 1:
-                        file.keys.append(key)
-                        yield file
-                    else:
-                        inode = (file.status.st_dev, file.status.st_ino)
-                        linked.setdefault(inode, file).keys.append(key)
-            except OSError as e:
-                self._problem(f"{folder}: {e.strerror}")
+        for file, key in self._named(placed):
+            if file.status.st_nlink == 1:
+                file.keys.append(key)
+                yield file
+            else:
+                inode = (file.status.st_dev, file.status.st_ino)
+                linked.setdefault(inode, file).keys.append(key)
         yield from linked.values()
+
+    def _named(self, placed: Path, first_bytes: range = range(256)) -> Iterator[tuple[_File, BlockKey]]:
+        for folder in self._subfolders(placed, FAN_OUT_NAME):
+            if int(folder.name, 16) in first_bytes:
+                try:
+                    yield from self._names(folder)
+                except OSError as e:
+                    self._problem(f"{folder}: {e.strerror}")
 
     def _names(self, folder: Path) -> Iterator[tuple[_File, BlockKey]]:
         with os.scandir(folder) as entries:

@@ -164,6 +164,68 @@ def test_only_layers_that_differ_are_shown(tmp_path: Path, prompt: Path) -> None
     assert "2 of 2 layers are apart; no layer is equal" in found["summary"]
 
 
+# -- in parts
+
+
+@pytest.mark.parametrize("tier", ["disk", "shared"])
+def test_parts_together_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str) -> None:
+    """Two stores of chunks of two blocks, of which each lacks some, and a few numbers are apart."""
+    changed, keys = small_blocks(), small_keys()
+    changed[5, 0, 0] += 1
+    for name, blocks, which in (("a", small_blocks(), range(8)), ("b", changed, range(2, NUM_BLOCKS))):
+        with TieredStore(small_config(**{tier: tmp_path / name})) as store:
+            assert store.put(keys[which.start : which.stop], blocks[which.start : which.stop]) == len(which)
+            assert store.flush()
+    code, whole = diff(tmp_path / "a", tmp_path / "b")
+    assert (code, whole["common"], whole["blocks_apart"]) == (1, 6, 1)
+    assert {one["key"] for one in whole["only_a"]} == set(map(str, keys[:2]))
+    assert {one["key"] for one in whole["only_b"]} == set(map(str, keys[8:]))
+    assert (whole["only_a_blocks"], whole["only_b_blocks"], whole["unreadable_blocks"]) == (2, 4, 0)
+    monkeypatch.setattr("tools.diff.MOST_BLOCKS", 1)  # a part for each first byte that there is
+    _, found = diff(tmp_path / "a", tmp_path / "b")
+    for one in (whole, found):
+        one["only_a"].sort(key=str)
+        one["only_b"].sort(key=str)
+    layers, other_layers = found.pop("layers"), whole.pop("layers")
+    assert found == whole
+    assert [row["apart"] for row in layers] == [row["apart"] for row in other_layers]
+
+
+def test_a_file_and_a_whole_store(tmp_path: Path, prompt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = put(tmp_path / "a", small_blocks())
+    options = [part for i in (7, 5, 1) for part in ("--key", small_keys()[i])]
+    kvstore_json("dump", store, *options, "--out", tmp_path / "file")
+    less = put(tmp_path / "b", small_blocks(), range(6))
+    monkeypatch.setattr("tools.diff.MOST_BLOCKS", 4)
+    code, found = diff(tmp_path / "file", less)
+    assert (code, found["common"], found["only_b_blocks"]) == (1, 2, 4)
+    assert found["only_a"] == [{"key": str(small_keys()[7]), "token": 0}]
+    _, other = diff(less, tmp_path / "file")
+    assert (other["only_a"], other["only_b"]) == (found["only_b"], found["only_a"])
+
+
+def test_places_of_one_block_are_told_apart(tmp_path: Path) -> None:
+    """A path with both tiers: a block counts once, and is read where it is sound."""
+    path, keys = tmp_path / "kv", small_keys()
+    for tier in ("disk", "shared"):
+        with TieredStore(small_config(**{tier: path / tier})) as store:
+            assert store.put(keys, small_blocks()) == NUM_BLOCKS
+            assert store.flush()
+    with (path / "disk" / "data").open("r+b") as f:
+        f.write(bytes(1 << 20))
+    code, found = diff(path, put(tmp_path / "b", small_blocks()))
+    assert (code, found["equal"], found["common"]) == (0, True, NUM_BLOCKS)
+
+
+def test_what_is_listed_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.difference.MOST_LISTED", 3)
+    a, b = put(tmp_path / "a", small_blocks()), put(tmp_path / "b", small_blocks(), [0])
+    _, found = diff(a, b)
+    assert (len(found["only_a"]), found["only_a_blocks"]) == (3, NUM_BLOCKS - 1)
+    assert "only a has 11 blocks" in found["summary"]
+    assert " and 8 more" in kvstore("diff", a, b)[1]
+
+
 # -- what is not there
 
 

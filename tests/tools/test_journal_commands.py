@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from typing import Any
 import pytest
 import torch
 
-from kvstore import TieredStore
+from kvstore import JournalConfig, TieredStore
 from kvstore.journal import MAGIC, frame
 from kvstore.journal_view import JournalView
 from kvstore.journal_writer import tenant_digest
 from tests.journals import SYSTEM, serve
-from tests.small import LAYOUT, small_config
+from tests.small import IDENTITY, LAYOUT, NUM_BLOCKS, small_blocks, small_config, small_keys
 from tests.test_journal import ASKED, OPENED, segment_with
 from tests.tools.test_cli import kvstore, kvstore_json
+from tools.journal_stats import TIERS
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -49,15 +51,47 @@ def view(served: Path) -> JournalView:
 
 
 def test_ls_tells_requests_hits_and_tenants(served: Path, view: JournalView) -> None:
+    """Once for a namespace that two tiers have, and of each tier what was found there."""
     found = kvstore_json("ls", served / "kv", "--journal", served / "journal")
-    for row in found["namespaces"]:
-        assert row["requests"] == 40
-        assert row["hit_blocks"] == sum(sum(r.hits.values()) for r in view.requests)
-        assert row["tenants"] == Counter(r.tenant for r in view.requests)
-        assert set(row["tenants"]) == {"", tenant_digest("alice"), tenant_digest("bob")}
+    assert [row["tier"] for row in found["namespaces"]] == ["disk", "shared"]
+    (asked,) = found["asked"]
+    assert {row["namespace"] for row in found["namespaces"]} == {asked["namespace"]}
+    by_tier = sum((Counter(r.hits) for r in view.requests), Counter[str]())
+    assert len(by_tier) > 1
+    assert (asked["requests"], asked["hits"], asked["hit_blocks"]) == (40, by_tier, by_tier.total())
+    assert asked["asked_blocks"] == sum(r.num_blocks for r in view.requests)
+    assert asked["tenants"] == Counter(r.tenant for r in view.requests)
+    assert set(asked["tenants"]) == {"", tenant_digest("alice"), tenant_digest("bob")}
     _, out, _ = kvstore("ls", served / "kv", "--journal", served / "journal", "--sort", "hits")
-    assert f"no tenant {row['tenants']['']}" in out
-    assert kvstore_json("ls", served / "kv")["namespaces"][0]["requests"] is None
+    assert f"no tenant {asked['tenants']['']}" in out
+    cells = [line.replace("│", " ").split() for line in out.splitlines() if "test-model" in line]
+    numbers = (40, 2, asked["asked_blocks"], by_tier.total(), *(n for tier in TIERS if (n := by_tier[tier])))
+    assert [row[2:] for row in cells].count([str(n) for n in numbers]) == 1
+    assert kvstore_json("ls", served / "kv")["asked"] is None
+
+
+def test_ls_sorts_by_what_a_journal_tells(tmp_path: Path) -> None:
+    """Two namespaces, of which the later one is asked for more."""
+    other = replace(IDENTITY, model="another-model")
+    for identity, num_requests in ((IDENTITY, 1), (other, 2)):
+        config = replace(
+            small_config(identity, shared=tmp_path / "shared"), journal=JournalConfig(path=str(tmp_path / "j"))
+        )
+        with TieredStore(config) as store:
+            assert store.put(small_keys(identity), small_blocks()) == NUM_BLOCKS
+            assert store.flush()
+            for i in range(num_requests):
+                store.asked(small_keys(identity), {"host": 2, "elsewhere": 1}, request_id=str(i))
+            store.take_events()
+    at = (tmp_path / "shared", "--journal", tmp_path / "j", "--sort", "hits")
+    for options, models in (((), ["test-model", "another-model"]), (("--reverse",), ["another-model", "test-model"])):
+        found = kvstore_json("ls", *at, *options)
+        assert [row["model"] for row in found["namespaces"]] == models
+        assert [one["namespace"] for one in found["asked"]] == [row["namespace"] for row in found["namespaces"]]
+    assert found["asked"][0]["hits"] == {"host": 4, "elsewhere": 2}
+    found = kvstore_json("ls", *at, "--model", "test-model")
+    assert [one["requests"] for one in found["asked"]] == [1]
+    assert re.search(r"hits .* host .* other", kvstore("ls", *at)[1])
 
 
 def branches(tree: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -145,7 +145,7 @@ def _stored(listed: ls.Listing) -> Section:
     rows = sorted(listed.rows, key=lambda row: -row.nbytes)
     notes = [f"and {len(rows) - _MOST_ROWS} more"] if len(rows) > _MOST_ROWS else []
     cells = _texts(row.cells() for row in rows[:_MOST_ROWS])
-    return Section("What is stored", "By namespace, the largest first.", listed.columns(), cells, left=4, notes=notes)
+    return Section("What is stored", "By namespace, the largest first.", ls.COLUMNS, cells, left=4, notes=notes)
 
 
 def _of_journal(path: Path, view: JournalView) -> list[Section]:
