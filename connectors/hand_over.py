@@ -39,7 +39,7 @@ _PUSH_TO: Final = "kvstore_push_to"
 
 
 class HandOverScheduler(OffloadingScheduler):
-    """The scheduler half; its worker half is `connectors.offloading.OffloadingWorker`.
+    """The scheduler half; its worker half is `connectors.offloading_worker.OffloadingWorker`.
 
     Attributes:
         address, public_key: of this engine's control channel, for others; the key is empty without keys.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from connectors.testing.pipe import at_once
+from connectors.testing.pipe_content import at_once
 from kvstore.arena import HostArena
 
 

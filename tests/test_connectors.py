@@ -10,7 +10,8 @@ from types import ModuleType
 
 from connectors.base import SchedulerHalf, Stripe, WorkerHalf
 from connectors.multi import MultiScheduler, MultiWorker
-from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from connectors.offloading import OffloadingScheduler
+from connectors.offloading_worker import OffloadingWorker
 from connectors.shared_storage import SharedStorageScheduler
 from connectors.testing import IDENTITY, Caches, ConnectorTests
 from kvstore import DiskTierConfig, HostTierConfig, SharedTierConfig, StoreConfig

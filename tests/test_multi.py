@@ -10,7 +10,8 @@ import pytest
 
 from connectors.base import Stripe
 from connectors.multi import MultiScheduler, MultiWorker
-from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from connectors.offloading import OffloadingScheduler
+from connectors.offloading_worker import OffloadingWorker
 from connectors.shared_storage import SharedStorageScheduler
 from connectors.testing import IDENTITY, PagedEngine, make_caches, make_keys
 from kvstore import BlockKey, HostTierConfig, SharedTierConfig, StoreConfig

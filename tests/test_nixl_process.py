@@ -20,11 +20,10 @@ from connectors.nixl import NixlEnd, NixlPipe
 from connectors.nixl_process.life import ProcessHold
 from connectors.nixl_process.messages import Meet, ReadBounce, ReadCells
 from connectors.pipe import Pipe, PipeClosedError, PipeTimeoutError
-from connectors.testing.pipe import (
+from connectors.testing.pipe_content import (
     LONG_S,
     NUM_SLOTS,
     SOON_S,
-    PeerProcess,
     assert_closed,
     at_once,
     carry_slots,
@@ -32,6 +31,7 @@ from connectors.testing.pipe import (
     make_arena,
     raised,
 )
+from connectors.testing.pipe_peer import PeerProcess
 from kvstore.arena import HostArena
 from kvstore.errors import ConfigError
 from tests.pipe_ends import nixl_end

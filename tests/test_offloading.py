@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from connectors.base import Stripe
-from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from connectors.offloading import OffloadingScheduler
+from connectors.offloading_worker import OffloadingWorker
 from connectors.pages import PageCopier
 from kvstore import BlockKey, DiskTierConfig, HostTierConfig, KVIdentity, KVLayout, SharedTierConfig, StoreConfig
 from kvstore.io_service import Located

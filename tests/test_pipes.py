@@ -27,7 +27,7 @@ from connectors.nixl_process.life import ProcessHold
 from connectors.pipe import Pipe, PipeClosedError, PipeEnd, PipeError, PipeProtocolError, PipeTimeoutError
 from connectors.tcp import TcpEnd, TcpPipe
 from connectors.testing import PipeTests
-from connectors.testing.pipe import MAX_NBYTES, SLOT_NBYTES, assert_closed, at_once, carry, join, raised
+from connectors.testing.pipe_content import MAX_NBYTES, SLOT_NBYTES, assert_closed, at_once, carry, join, raised
 from connectors.wire.frame import HEADER, Frame, Kind
 from connectors.wire.hello import Hello, read_hello
 from connectors.wire.stream import Stream

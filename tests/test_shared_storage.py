@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from connectors.base import Stripe
-from connectors.offloading import OffloadingWorker
+from connectors.offloading_worker import OffloadingWorker
 from connectors.shared_storage import SharedStorageScheduler
 from kvstore import BlockKey, HostTierConfig, KVIdentity, KVLayout, SharedTierConfig, StoreConfig
 from kvstore.errors import ConfigError

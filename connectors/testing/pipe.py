@@ -12,137 +12,51 @@ in a process of its own, which does what it is told.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import gc
 import hashlib
-import importlib
 import itertools
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import pytest
 import torch
 
 from connectors.pipe import MAX_DIMS, Pipe, PipeClosedError, PipeEnd, PipeError, PipeProtocolError, PipeTimeoutError
+from connectors.testing.pipe_content import (
+    LONG_S,
+    MAX_NBYTES,
+    NUM_SLOTS,
+    SLOT_NBYTES,
+    SOON_S,
+    as_slots,
+    assert_closed,
+    assert_same,
+    at_once,
+    carry,
+    carry_slots,
+    drain,
+    fill,
+    join,
+    make_arena,
+    make_tensor,
+    raised,
+    recv_all,
+    send_all,
+    slot_content,
+)
+from connectors.testing.pipe_peer import PeerProcess
 from connectors.wire.frame import DTYPES
 from kvstore.arena import HostArena
-from kvstore.slot import Rows, Slots
-
-NUM_SLOTS: Final = 24
-SLOT_NBYTES: Final = 90 * 4096
-MAX_NBYTES: Final = 32 << 20  # more than buffers on the way hold: to send it takes a receiver
-LONG_S: Final = 60.0  # ends a test that hangs
-SOON_S: Final = 20.0  # what must not wait for LONG_S, on cores that are busy with other things
-T = TypeVar("T")
-
-
-def slot_content(slot: int, seed: int) -> Rows:
-    return np.random.default_rng([seed, slot]).integers(0, 256, SLOT_NBYTES, dtype=np.uint8)
-
-
-def make_arena() -> HostArena:
-    return HostArena(NUM_SLOTS, SLOT_NBYTES, sharing="memfd")
-
-
-def fill(rows: Rows, seed: int) -> None:
-    for slot in range(len(rows)):
-        rows[slot] = slot_content(slot, seed)
-
-
-def as_slots(numbers: Sequence[int]) -> Slots:
-    return np.array(numbers, dtype=np.int64)
-
-
-def make_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    """Of any bytes, but for bool."""
-    generator = torch.Generator().manual_seed(seed)
-    tensor = torch.empty(shape, dtype=dtype)
-    content = torch.randint(0, 2 if dtype is torch.bool else 256, (tensor.nbytes,), generator=generator)
-    raw_bytes(tensor).copy_(content.to(torch.uint8))
-    return tensor
-
-
-def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def assert_same(came: torch.Tensor | None, sent: torch.Tensor) -> None:
-    """In shape, dtype and every bit."""
-    assert came is not None and came.dtype == sent.dtype and came.shape == sent.shape and came.is_contiguous()
-    sent = sent.resolve_conj().resolve_neg().contiguous()
-    assert torch.equal(raw_bytes(came), raw_bytes(sent))
-
-
-def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """Each in a thread of its own; what they return."""
-    with ThreadPoolExecutor(len(calls)) as threads:
-        return [future.result(LONG_S) for future in [threads.submit(call) for call in calls]]
-
-
-def join(end_a: PipeEnd, end_b: PipeEnd, timeout_s: float = LONG_S) -> list[Pipe]:
-    hello_a, hello_b = end_a.hello(), end_b.hello()
-    return at_once(lambda: end_a.join(hello_b, timeout_s), lambda: end_b.join(hello_a, timeout_s))
-
-
-def raised(call: Callable[[], object]) -> tuple[BaseException | None, float]:
-    """What it raises, and after how many seconds."""
-    start = time.monotonic()
-    try:
-        call()
-    except Exception as e:
-        return e, time.monotonic() - start
-    return None, time.monotonic() - start
-
-
-def assert_closed(*pipes: Pipe) -> None:
-    """For sending and for receiving; what was sent before the end may still come."""
-    for pipe in pipes:
-        for call in (partial(drain, pipe), partial(pipe.send_tensor, torch.zeros(4 << 20), SOON_S)):
-            error, seconds = raised(call)
-            assert isinstance(error, PipeClosedError) and seconds < SOON_S, f"{pipe}: {error!r} after {seconds:.1f} s"
-
-
-def send_all(pipe: Pipe, tensors: Sequence[torch.Tensor]) -> None:
-    for tensor in tensors:
-        pipe.send_tensor(tensor, LONG_S)
-
-
-def recv_all(pipe: Pipe, count: int) -> list[torch.Tensor | None]:
-    return [pipe.recv_tensor(LONG_S) for _ in range(count)]
-
-
-def carry(
-    sender: Pipe, receiver: Pipe, tensor: torch.Tensor | None, out: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """From one end to the other; what came."""
-    _, came = at_once(lambda: sender.send_tensor(tensor, LONG_S), lambda: receiver.recv_tensor(LONG_S, out))
-    assert came is None or isinstance(came, torch.Tensor)
-    return came
-
-
-def carry_slots(sender: Pipe, receiver: Pipe, sent: Slots, got: Slots) -> list[int]:
-    """From one end to the other; what `recv_slots` yielded."""
-    _, steps = at_once(lambda: sender.send_slots(sent, LONG_S), lambda: list(receiver.recv_slots(got, LONG_S)))
-    return list(steps)
-
-
-def drain(pipe: Pipe) -> None:
-    while True:
-        pipe.recv_tensor(SOON_S)
+from kvstore.slot import Rows
 
 
 @dataclass
@@ -157,162 +71,6 @@ class Pair:
     def ways(self) -> list[tuple[Pipe, Rows, Pipe, Rows]]:
         """From one and to the other, both ways."""
         return [(self.a, self.rows_a, self.b, self.rows_b), (self.b, self.rows_b, self.a, self.rows_a)]
-
-
-class PeerProcess:
-    """The other end in a process of its own, told over a socket what to do.
-
-    Args:
-        end: "module:name" of what makes the end.
-    """
-
-    def __init__(self, end: str, env: Mapping[str, str]) -> None:
-        mine, theirs = socket.socketpair()
-        mine.settimeout(LONG_S)
-        with theirs:
-            self._pid = _nursery().fork(theirs.fileno(), end, env)
-        self._orders, self._results = mine.makefile("w"), mine.makefile("r")
-        self._socket = mine
-
-    def start(self, verb: str, *args: Any) -> None:
-        """Tell it to do something, and do not wait."""
-        print(json.dumps([verb, *args]), file=self._orders, flush=True)
-
-    def result(self) -> Any:
-        """What came of it; "raised <error>" where it raised one."""
-        return json.loads(self._results.readline())
-
-    def ask(self, verb: str, *args: Any) -> Any:
-        self.start(verb, *args)
-        return self.result()
-
-    def join(self, end: PipeEnd) -> Pipe:
-        """Join its end, which is not the server, with one of ours."""
-        hello = bytes.fromhex(self.ask("hello"))
-        self.start("join", end.hello().hex())
-        pipe = end.join(hello, LONG_S)
-        assert self.result() is None
-        return pipe
-
-    def signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, number)
-        while number == signal.SIGKILL and os.path.exists(f"/proc/{self._pid}"):
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        self.signal(signal.SIGKILL)
-        for opened in (self._orders, self._results, self._socket):
-            with contextlib.suppress(OSError):
-                opened.close()
-
-
-class _Nursery:
-    """A process that has imported what peers need, and forks one at a time: that takes no second each."""
-
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(LONG_S)
-        code = "from connectors.testing.pipe import fork_peers; fork_peers()"
-        path = os.pathsep.join(p for p in sys.path if p)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},  # it forks: no threads
-            )
-        atexit.register(self.close)
-
-    def fork(self, fd: int, end: str, env: Mapping[str, str]) -> int:
-        socket.send_fds(self._socket, [json.dumps([end, dict(env)]).encode()], [fd])
-        return int(self._socket.recv(64))
-
-    def close(self) -> None:
-        self._socket.close()
-        self._process.wait(LONG_S)
-
-
-@functools.cache
-def _nursery() -> _Nursery:
-    return _Nursery()
-
-
-def fork_peers() -> None:
-    """Be the nursery, until the socket ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
-    with socket.socket(fileno=int(sys.argv[1])) as orders:
-        while True:
-            order, fds, _, _ = socket.recv_fds(orders, 1 << 16, 1)
-            if not order:
-                return
-            pid = os.fork()
-            if pid == 0:
-                orders.close()
-                end, env = json.loads(order)
-                os.environ.update(env)
-                serve_end(fds[0], end)
-                os._exit(0)
-            os.close(fds[0])
-            orders.send(str(pid).encode())
-
-
-class _Served:
-    """What a `PeerProcess` can be told."""
-
-    def __init__(self, make_end: Callable[..., PipeEnd]) -> None:
-        self._make_end = make_end
-        self._arena = make_arena()
-
-    def hello(self) -> str:
-        self._end = self._make_end(self._arena, is_server=False, max_nbytes=MAX_NBYTES)
-        return self._end.hello().hex()
-
-    def join(self, hello: str) -> None:
-        self._pipe = self._end.join(bytes.fromhex(hello), LONG_S)
-
-    def fill(self, seed: int) -> None:
-        fill(self._arena.rows, seed)
-
-    def digests(self) -> list[str]:
-        return [hashlib.sha256(row.tobytes()).hexdigest() for row in self._arena.rows]
-
-    def echo(self, count: int) -> None:
-        """Send tensors back as they come."""
-        for _ in range(count):
-            self._pipe.send_tensor(self._pipe.recv_tensor(LONG_S), LONG_S)
-
-    def recv_tensor(self, timeout_s: float) -> list[int] | None:
-        tensor = self._pipe.recv_tensor(timeout_s)
-        return None if tensor is None else list(tensor.shape)
-
-    def send_slots(self, slots: list[int], timeout_s: float, times: int = 1) -> None:
-        for _ in range(times):
-            self._pipe.send_slots(as_slots(slots), timeout_s)
-
-    def recv_slots(self, slots: list[int], timeout_s: float, times: int = 1) -> list[int]:
-        for _ in range(times):
-            steps = list(self._pipe.recv_slots(as_slots(slots), timeout_s))
-        return steps
-
-    def close(self) -> None:
-        self._pipe.close()
-        self._end.close()
-
-
-def serve_end(fd: int, end: str) -> None:
-    """Be a `PeerProcess`, until the socket ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    module, _, name = end.partition(":")
-    served = _Served(getattr(importlib.import_module(module), name))
-    with socket.socket(fileno=fd) as sock, sock.makefile("r") as orders, sock.makefile("w") as results:
-        for line in orders:
-            verb, *args = json.loads(line)
-            try:
-                result = getattr(served, verb)(*args)
-            except PipeError as e:
-                result = f"raised {type(e).__name__}"
-            print(json.dumps(result), file=results, flush=True)
 
 
 SLOT_PATTERNS: Final[dict[str, tuple[list[int], list[int]]]] = {

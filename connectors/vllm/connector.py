@@ -25,7 +25,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from connectors.base import Asker, SchedulerHalf, Stripe, WorkerHalf
-from connectors.offloading import OffloadingScheduler, OffloadingWorker
+from connectors.offloading import OffloadingScheduler
+from connectors.offloading_worker import OffloadingWorker
 from connectors.shared_storage import SharedStorageScheduler
 from connectors.tier_sampler import TierSampler
 from connectors.vllm.events import EVENT_LOG_BLOCKS, kv_events

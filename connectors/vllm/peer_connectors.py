@@ -24,7 +24,7 @@ from connectors.control import checked_address
 from connectors.curve_keys import CurveKeys
 from connectors.hand_over import HandOverScheduler
 from connectors.hand_over_told import HandOverConfig
-from connectors.offloading import OffloadingWorker
+from connectors.offloading_worker import OffloadingWorker
 from connectors.pipe import PipeEnd
 from connectors.registration import LEASE_S, Joins, PeerAddress, Registration, Role, read_secret
 from connectors.vllm.connector import KVStoreConnector

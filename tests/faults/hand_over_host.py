@@ -13,7 +13,7 @@ from connectors.hand_over import HandOverScheduler
 from connectors.hand_over_told import HandOverConfig
 from connectors.nccl import NcclEnd
 from connectors.nixl import NixlEnd
-from connectors.offloading import OffloadingWorker
+from connectors.offloading_worker import OffloadingWorker
 from connectors.pipe import PipeEnd
 from connectors.tcp import TcpEnd
 from connectors.testing import PagedEngine, make_caches, make_keys

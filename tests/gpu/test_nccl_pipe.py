@@ -8,7 +8,7 @@ import torch
 from connectors.nccl import NcclEnd
 from connectors.pipe import PipeEnd
 from connectors.testing import PipeTests
-from connectors.testing.pipe import MAX_NBYTES, join, make_arena
+from connectors.testing.pipe_content import MAX_NBYTES, join, make_arena
 from kvstore.arena import HostArena
 
 TIMEOUT_S = 60.0

@@ -16,7 +16,7 @@ from connectors.lookup_messages import ANSWERS, REQUESTS
 from connectors.lookup_service import LookupService
 from connectors.nccl import NcclEnd
 from connectors.nixl import NixlEnd
-from connectors.offloading import OffloadingWorker
+from connectors.offloading_worker import OffloadingWorker
 from connectors.pipe import PipeEnd
 from connectors.remote_lookup_buffer import RemoteLookupBuffer
 from connectors.remote_peer import RemotePeer
