@@ -46,7 +46,7 @@ from connectors.restripe import Landing
 from connectors.wire.stream import seconds_left
 from kvstore.errors import KVStoreError
 from kvstore.jobs import Indices, IoPool, PooledReadJob, ReadJob, ReadOperation
-from kvstore.keys import BlockKey, keys_to_array
+from kvstore.keys import BlockKey
 from kvstore.planes import Planes
 from kvstore.slot import Rows, Slots
 from kvstore.tiers.base import TierStats
@@ -231,13 +231,12 @@ class RemotePeer:
         start, planes, landing, n = time.monotonic(), self._planes, self._landing, len(keys)
         pipe = self._joined(deadline)
         left_s = seconds_left(deadline)  # before anything is asked for: the pipe stays whole
-        to_be = keys_to_array(keys)
         codec, rows, slots = planes.codec, planes.arena.rows, host_slots
         if landing is not None:
             codec, rows, slots = landing.codec, landing.rows, np.arange(n)
         with self._closed_by_errors(pipe):  # of the answer, too: what was asked for may be on its way all the same
             self._asked(Fetch(selection.number, first, n, self._pipe_number), left_s, Done)
-            good = receive_verified(pipe, codec, rows, slots, to_be, selection.namespace, deadline)
+            good = receive_verified(pipe, codec, rows, slots, keys, selection.namespace, deadline)
         if landing is not None:
             landing.bring(np.flatnonzero(good), keys, host_slots, selection.namespace)
         self._count(read_nbytes=n * codec.fmt.slot_nbytes, read_s=time.monotonic() - start)

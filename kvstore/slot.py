@@ -121,7 +121,7 @@ class SlotCodec:
     """
 
     def __init__(self, fmt: SlotFormat, integrity_key: bytes | None = None) -> None:
-        self.fmt = fmt
+        self.fmt, self._body_nbytes = fmt, fmt.body_nbytes
         self._digest = _digest_function(integrity_key)
         head, _, placement, _, payload_nbytes, _, _ = _FOOTER.unpack(self._footers(1).tobytes())
         self._fixed = (head, placement, payload_nbytes)
@@ -169,6 +169,13 @@ class SlotCodec:
             is_signed, space, digest = self._read(trailers[-1])
             valid.append(is_signed and space == namespace and self._digest(row[:body]) == digest)
         return Trailers(np.array(valid, dtype=np.bool_), b"".join(trailers), self.fmt.blocks_per_chunk)
+
+    def holds(self, row: memoryview, key: bytes, namespace: bytes) -> bool:
+        """Whether a slot is whole, of this namespace, and of a chunk that begins with this key."""
+        trailer = bytes(row[self._body_nbytes :])
+        is_signed, space, digest = self._read(trailer)
+        is_it = is_signed and space == namespace and trailer[:KEY_NBYTES] == key
+        return is_it and self._digest(row[: self._body_nbytes]) == digest
 
     def _read(self, trailer: bytes) -> tuple[bool, bytes, bytes]:
         """Whether it is one of this format that agrees with its digest; its namespace; its body's digest."""

@@ -19,7 +19,7 @@ from connectors.lookup_service.held import Held
 from connectors.pipe import Pipe
 from connectors.receive import receive_verified
 from kvstore.errors import KVStoreError
-from kvstore.keys import BlockKey, keys_to_array
+from kvstore.keys import BlockKey
 from kvstore.lookup_buffer import Item, LocalLookupBuffer
 from kvstore.planes import Planes
 from kvstore.slot import Slots
@@ -98,7 +98,7 @@ class Tickets(Held[Ticket]):
         planes, is_right = self._planes, False
         try:
             good = receive_verified(
-                pipe, planes.codec, planes.arena.rows, ticket.slots, keys_to_array(ticket.keys),
+                pipe, planes.codec, planes.arena.rows, ticket.slots, ticket.keys,
                 ticket.current[1], time.monotonic() + self._hold_s,
             )  # fmt: skip
             is_right = bool(good.all())

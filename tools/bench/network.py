@@ -21,7 +21,6 @@ from connectors.control import ControlClient
 from connectors.lookup_messages import ANSWERS, Select, Selected
 from connectors.pipe import Pipe
 from connectors.receive import receive_verified
-from kvstore.keys import keys_to_array
 from kvstore.planes import Planes
 from kvstore.slot import Slots
 from tools.bench.common import Figure, Measure, Row, Scale, random_keys, rate_of
@@ -32,7 +31,6 @@ _START_S: Final = 120.0
 _MISSES: Final = 500
 _AT_ONCE: Final = 64
 _KEYS: Final = 256
-_KEY_ARRAY: Final = keys_to_array(KEYS)
 # transport, what it is called, environment of both ends, floor, what is bare
 _PIPES: Final[tuple[tuple[str, str, dict[str, str], float, str], ...]] = (
     ("tcp", "TCP pipe", {}, 0.85, "sendmsg and recv_into of the same memory"),
@@ -117,7 +115,7 @@ class Receiver:
 def _receive(pipe: Pipe, planes: Planes, slots: Slots) -> None:
     """As a consumer does."""
     deadline, namespace = time.monotonic() + TIMEOUT_S, planes.current()[1]
-    if not receive_verified(pipe, planes.codec, planes.arena.rows, slots, _KEY_ARRAY, namespace, deadline).all():
+    if not receive_verified(pipe, planes.codec, planes.arena.rows, slots, KEYS, namespace, deadline).all():
         raise RuntimeError("what came does not verify")
 
 
