@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 
 from kvstore.errors import KVStoreError
 
@@ -46,17 +46,8 @@ class Child:
     ) -> None:
         self.name = name
         self._stderr_path = folder / f"{name}.stderr"
-        root = str(Path(__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._stderr_path.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(paths)},
-                text=True,
-            )
+            self._process = self._start([*prefix, sys.executable, "-m", module], stderr, environ)
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._asked: list[str] = []
         self._reader = threading.Thread(target=self._read, name=f"demo-{name}", daemon=True)
@@ -129,6 +120,18 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+
+    def _start(self, command: Sequence[str], stderr: IO[bytes], environ: Mapping[str, str]) -> subprocess.Popen[str]:
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(paths)},
+            text=True,
+        )
 
     def _read(self) -> None:
         assert self._process.stdout is not None

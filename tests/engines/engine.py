@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engines.warm import WarmChild
 from tests.waiting import wait_until
-from tools.demo_process import Child
 
 NEEDS_VLLM = [
     pytest.mark.skipif(
@@ -31,7 +31,7 @@ class Engine:
     """One engine in a process of its own."""
 
     def __init__(self, name: str, folder: Path, model: Path, environ: dict[str, str] | None = None) -> None:
-        self._child = Child(name, "tests.engines.vllm_worker", folder, environ or {})
+        self._child = WarmChild(name, "tests.engines.vllm_worker", folder, environ or {})
         self.model = model
 
     def load(self, transfer: dict[str, Any] | None, **settings: Any) -> Engine:
