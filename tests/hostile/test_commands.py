@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ TIMEOUT_S = 170.0
 GROUPS = {"stores": STORES, "dumps": DUMPS, "asked": ASKED, "journals": JOURNALS, "traces": TRACES}
 # What is stored is as it was; what is said about it names another model, or a bound.
 SOUND = {"field out of the tree", "field slots", "another's identity", "sound, of zeros"}
-BATCH = 80  # commands a process
+BATCH = 50  # commands a process
+AT_ONCE = 2  # processes
 # These read nothing that another wrote; `proxy` has its own tests of what comes over the network.
 OTHERS = {"bench", "demo", "demo-p2p", "demo-vllm", "keygen", "proxy"}
 
@@ -170,9 +172,10 @@ def run(command: str, corpus: Path, names: dict[str, str]) -> list[tuple[str, li
         if case.name in names
         for arguments in READERS[command](case, corpus / "good")
     ]
-    answers = []
-    for first in range(0, len(asked), BATCH):
-        answers += answers_to([arguments for _, arguments in asked[first : first + BATCH]], corpus / "home")
+    batches = [asked[first : first + BATCH] for first in range(0, len(asked), BATCH)]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        of_batches = threads.map(lambda batch: answers_to([one for _, one in batch], corpus / "home"), batches)
+        answers = [answer for batch in of_batches for answer in batch]
     return [(name, arguments, answer) for (name, arguments), answer in zip(asked, answers, strict=True)]
 
 
