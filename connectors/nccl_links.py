@@ -52,7 +52,7 @@ class _Waiter:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._jobs: queue.SimpleQueue[tuple[list[Any], float, queue.SimpleQueue[RuntimeError | None]] | None]
+        self._jobs: queue.SimpleQueue[tuple[Any, float, queue.SimpleQueue[RuntimeError | None]] | None]
         self._jobs = queue.SimpleQueue()
         threading.Thread(target=self._run, name="kvstore-gloo", daemon=True).start()
 
@@ -62,24 +62,23 @@ class _Waiter:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            works, deadline, result = job
+            work, deadline, result = job
             left_ms = math.ceil((deadline - time.monotonic()) * 1000)
             try:
-                works[-1].wait(timedelta(milliseconds=max(left_ms, 0) + 1))  # 0 would be for ever
+                work.wait(timedelta(milliseconds=max(left_ms, 0) + 1))  # 0 would be for ever
                 result.put(None)
             except RuntimeError as e:
                 result.put(e)
-            del job, works, result
+            del job, work, result
 
-    def begin(self, works: list[Any], deadline: float) -> Finish:
-        """Wait for the last of some, once those before are done; the others must be kept till then, or gloo forgets
-        them."""
+    def wait(self, works: list[Any], deadline: float) -> None:
+        """For the last of some; the others must be kept till then, or gloo forgets them.
+
+        Raises:
+            PipeTimeoutError, PipeClosedError
+        """
         result: queue.SimpleQueue[RuntimeError | None] = queue.SimpleQueue()
-        self._jobs.put((works, deadline, result))
-        return partial(self._finish, result, deadline)
-
-    def _finish(self, result: queue.SimpleQueue[RuntimeError | None], deadline: float) -> None:
-        """Raises PipeTimeoutError, PipeClosedError."""
+        self._jobs.put((works[-1], deadline, result))
         give_up = math.inf
         while True:
             try:
@@ -110,11 +109,11 @@ class Gloo:
 
     def send(self, parts: list[torch.Tensor], deadline: float) -> Finish:
         works = [self._begin(self._group.send, part) for part in parts]
-        return self._outward.begin(works, deadline)
+        return partial(self._outward.wait, works, deadline)
 
     def receive(self, parts: list[torch.Tensor], deadline: float) -> Finish:
         works = [self._begin(self._group.recv, part) for part in parts]
-        return self._inward.begin(works, deadline)
+        return partial(self._inward.wait, works, deadline)
 
     def close(self) -> None:
         """A group whose receive is late closes its connection, which wakes up everybody else."""

@@ -48,10 +48,10 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S: Final = 1.0  # whether the parent is still there
 _END_S: Final = 2.0  # for agents to be destroyed
-_PAUSE_S: Final = 50e-6
+_PAUSE_S: Final = 100e-6  # between two looks at transfers: to look all the time takes what the other processes need
 _AWAKE_S: Final = 1e-3  # for what comes next: to be woken takes long, and has both processes share a processor
 _MOVES: Final = 8  # between two looks at the socket
-_BUSY_S: Final = 0.2  # of a peer that reads: then it is not as busy that each microsecond counts
+_MOVE_PAUSE_S: Final = 20e-6
 _POPULATE_WRITE: Final = 23  # linux/mman.h, since 5.14
 _Arenas = weakref.WeakValueDictionary[tuple[int, int], mmap.mmap]  # by device and inode: mapped once for all pipes
 
@@ -94,7 +94,7 @@ class _Pipe:
         self._under_way: deque[int] = deque()
         self._has_told = False  # that it waits
         self._awake_until = 0.0
-        self._moves_on: float | None = None  # since when
+        self._moves_on = False
         self.thread = threading.Thread(target=self._run, name="kvstore-nixl", daemon=True)
         self.thread.start()
 
@@ -139,7 +139,7 @@ class _Pipe:
 
     def _turn(self, agent: Agent) -> bool:
         """Do what is told, or go on with it; False at the end."""
-        is_idle = not self._under_way and self._moves_on is None and time.monotonic() > self._awake_until
+        is_idle = not self._under_way and not self._moves_on and time.monotonic() > self._awake_until
         try:
             nbytes = self._socket.recv_into(self._packet, 0, 0 if is_idle else socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -167,16 +167,14 @@ class _Pipe:
             self._send(Waits())
 
     def _pause(self, agent: Agent) -> None:
-        if self._moves_on is None:
-            if self._under_way:
-                time.sleep(_PAUSE_S)
-            else:
-                os.sched_yield()
-            return
-        for _ in range(_MOVES):
-            agent.move_on()
-        if time.monotonic() > self._moves_on + _BUSY_S:
+        if self._moves_on:
+            for _ in range(_MOVES):
+                agent.move_on()
+            time.sleep(_MOVE_PAUSE_S)
+        elif self._under_way:
             time.sleep(_PAUSE_S)
+        else:
+            os.sched_yield()
 
     def _do(self, agent: Agent, order: Any) -> None:
         match order:
@@ -195,9 +193,9 @@ class _Pipe:
                     self._under_way.append(agent.read_cells(landing, theirs))
                     self._look(agent)  # by cma it is done already
             case MoveOn():
-                self._moves_on = time.monotonic()
+                self._moves_on = True
             case Rest():
-                self._moves_on = None
+                self._moves_on = False
             case _:
                 raise ValueError(f"{type(order).__name__} is not due")
 
