@@ -74,10 +74,11 @@ class HandOverScheduler(OffloadingScheduler):
 
     def hand_over(self, keys: Keys, params: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """Hold what was stored of a prompt, and is on its way there, for one who takes it; or push it there."""
-        num_blocks = self._num_held(keys)
+        num_blocks, held = self._held(keys)
         if not num_blocks:
             return None
-        item = self._buffer.hold(self._held(keys, num_blocks))
+        item = self._buffer.hold(held)
+        self._buffer.abandon([key for key in held if key not in self._filling])  # was evicted meanwhile
         told = HandOver(
             address=self.address,
             key=self.public_key,
@@ -162,16 +163,7 @@ class HandOverScheduler(OffloadingScheduler):
             self._consumers.give_back(consumer)
         return is_begun
 
-    def _held(self, keys: Keys, num_blocks: int) -> list[BlockKey]:
-        """Of leading blocks those that are here, or on their way: of a group with a window not all were stored."""
-        held = []
-        for of_group in keys:
-            leading = of_group[:num_blocks]
-            present = self._manager.contains(leading).tolist()
-            held += [key for key, is_here in zip(leading, present, strict=True) if is_here or key in self._filling]
-        return held
-
-    def _not_filled(self, keys: set[BlockKey]) -> None:
+    def _not_filled(self, keys: Sequence[BlockKey]) -> None:
         self._buffer.abandon(keys)
 
     def _settle(self, request_id: str) -> None:

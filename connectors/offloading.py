@@ -18,8 +18,10 @@ from __future__ import annotations
 import bisect
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -97,7 +99,7 @@ class OffloadingScheduler(SchedulerHalf):
         self._loads: list[CopyJob] = []
         self._stores: list[CopyJob] = []
         self._known_failures: list[int] = []
-        self._filling: set[BlockKey] = set()  # keys of open store jobs
+        self._filling = Counter[BlockKey]()  # open store jobs of each key
         self._host = TierStats(name="host")
         self._askers: dict[str, Asker] = {}  # of requests that are not over
         self._asked: dict[str, _Asked] = {}  # that the journal has not heard of yet
@@ -307,21 +309,33 @@ class OffloadingScheduler(SchedulerHalf):
         block_size = self.config.identity.layout.block_size
         return min(len(asked.keys), (asked.asker.num_tokens - 1) // block_size)
 
-    def _num_held(self, keys: Keys) -> int:
-        """Leading blocks that are in host memory, in all groups that read all of a prefix, or are being filled."""
-        held = []
-        for of_group, window in zip(keys, self._windows, strict=True):
-            if window is None:
-                present = self._manager.contains(of_group)
-                missing = (i for i, key in enumerate(of_group) if not present[i] and key not in self._filling)
-                held.append(next(missing, len(of_group)))
-        return min(held, default=len(keys[0]))
+    def _held(self, keys: Keys) -> tuple[int, list[BlockKey]]:
+        """Leading blocks that are in host memory, or are being filled, as far as each group reads them; and which
+        these are: of a group with a window not all need be there."""
+        here = []
+        for of_group in keys:
+            are_filled = np.fromiter((key in self._filling for key in of_group), np.bool_, len(of_group))
+            here.append(self._manager.contains(of_group) | are_filled)
+        n = len(keys[0])
+        for is_here, window in zip(here, self._windows, strict=True):
+            if window is None and not is_here.all():
+                n = min(n, int(is_here.argmin()))
+        n = self._fitted(here, n)
+        return n, [key for of_group, is_here in zip(keys, here, strict=True) for key in compress(of_group[:n], is_here)]
 
     def _publish(self, slots: Slots, keys: KeyArray, current: tuple[int, bytes]) -> None:
         """The workers have filled these."""
         self._planes.publish(slots, keys, current)
 
-    def _not_filled(self, keys: set[BlockKey]) -> None:
+    def _filled(self, keys: set[BlockKey]) -> list[BlockKey]:
+        """A store job is over; which of its keys no other fills."""
+        self._filling.subtract(keys)
+        over = [key for key in keys if not self._filling[key]]
+        for key in over:
+            del self._filling[key]
+        return over
+
+    def _not_filled(self, keys: Sequence[BlockKey]) -> None:
         """The workers could not fill these."""
 
     def _break_promise(self, request_id: str) -> None:
@@ -361,12 +375,17 @@ class OffloadingScheduler(SchedulerHalf):
                 start = max(0, n - window)
                 if self._present(request_id, of_group[start:n], expected - start) is None:
                     return None
+        return self._fitted([self._manager.contains(of_group[:n]) for of_group in keys], n)
+
+    def _fitted(self, here: Sequence[NDArray[np.bool_]], n: int) -> int:
+        """The longest prefix of up to n blocks of which every group with a window has its last ones; ``here``: which
+        blocks there are, by group."""
         fitted = -1
         while n != fitted:
             fitted = n
-            for of_group, window in zip(keys, self._windows, strict=True):
+            for of_group, window in zip(here, self._windows, strict=True):
                 if window is not None:
-                    n = _longest_with_window(self._manager.contains(of_group[:n]), window)
+                    n = _longest_with_window(of_group[:n], window)
         return n
 
     def _promise(self, request_id: str, keys: Keys, n: int) -> int:
@@ -395,15 +414,15 @@ class OffloadingScheduler(SchedulerHalf):
         at = (chosen[:, None] * per_chunk + np.arange(per_chunk)).reshape(-1)
         chunk_keys = keys_to_array([keys[i] for i in at.tolist()]).reshape(len(chosen), per_chunk, -1)
         filling = set(array_to_keys(chunk_keys.reshape(len(at), -1)))
-        self._filling |= filling
+        self._filling.update(filling)
 
         def filled(is_right: bool) -> None:
-            self._filling.difference_update(filling)
+            over = self._filled(filling)
             if is_right:
                 self._publish(slots, chunk_keys, current)
             else:
                 self._manager.give_back(slots)
-                self._not_filled(filling)
+                self._not_filled(over)
 
         number = self._open(filled)
         positions = np.tile(np.arange(per_chunk), len(chosen)).tolist()

@@ -146,7 +146,7 @@ class Peers:
         assert planes is not None
         mine = planes.identity.placement.tp_size
         tp_size = tp_size or mine
-        name = address, key, tp_size
+        name = address, key if keys is not None else "", tp_size
         known = self._connections.pop(name, None)
         if known is not None:
             self._connections[name] = known

@@ -32,7 +32,7 @@ class SharedStorageScheduler(OffloadingScheduler):
         super().__init__(config, num_workers, windows)
 
     def hand_over(self, keys: Keys, params: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        n = self._num_held(keys)  # what was dropped would be waited for in vain
+        n = self._held(keys)[0]  # what was dropped would be waited for in vain
         return {_FIELD: {"namespace": self._planes.current()[1].hex(), "num_blocks": n}} if n else None
 
     def expect(self, request_id: str, keys: Keys, params: Mapping[str, Any] | None) -> int:

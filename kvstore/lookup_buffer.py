@@ -94,12 +94,14 @@ class Item:
     Attributes:
         number: random, so that who was told of one cannot name another.
         hand_over: of what was pushed here, the item's number at the peer that pushed it; 0: it was not.
+        is_reserved: who claims them fills them, too.
     """
 
     number: int
     keys: list[BlockKey]
     expires: float
     hand_over: int = 0
+    is_reserved: bool = False
     left: set[BlockKey] = field(default_factory=set)  # keys whose claim was not taken
 
 
@@ -203,7 +205,7 @@ class LocalLookupBuffer(LookupBuffer):
             raise NoRoomError(f"{len(keys)} blocks are more than the whole buffer, {self._manager.num_slots}")
         if len(set(keys)) < len(keys):
             raise ConfigError("keys: one is there twice; the keys of a prefix all differ")
-        item = self.hold(keys, deadline + self._lease_s)  # what is there cannot go meanwhile
+        item = self.hold(keys, deadline + self._lease_s, is_reserved=True)  # what is there cannot go meanwhile
         absent = np.flatnonzero(~self._manager.contains(keys)).tolist()
         slots = self._manager.reserve_all(len(absent), deadline)
         if slots is None:
@@ -235,14 +237,14 @@ class LocalLookupBuffer(LookupBuffer):
         self._manager.give_back(slots)
         self.cancel(item)
 
-    def hold(self, keys: Sequence[BlockKey], expires: float | None = None) -> Item:
+    def hold(self, keys: Sequence[BlockKey], expires: float | None = None, *, is_reserved: bool = False) -> Item:
         """Claim keys, of which some may be published later; until then they have room that is not theirs yet.
 
         Args:
             expires: on the clock of `time.monotonic`; by default the lease begins now.
         """
         expires = time.monotonic() + self._lease_s if expires is None else expires
-        item = Item(secrets.randbits(63) or 1, list(keys), expires, left=set(keys))
+        item = Item(secrets.randbits(63) or 1, list(keys), expires, is_reserved=is_reserved, left=set(keys))
         with self._lock:
             self._items[item.number] = item
             for key in item.left:
@@ -263,13 +265,16 @@ class LocalLookupBuffer(LookupBuffer):
                 self._end(item)
 
     def abandon(self, keys: Iterable[BlockKey]) -> None:
-        """These will not come: claims on them, and on what lies behind them, end."""
+        """These will not come, unless they are there: claims on them, and on what lies behind them, end. But for
+        those of who is filling them."""
         with self._lock:
             for key in keys:
-                for item in list(self._claims.get(key, ())) if key not in self._pinned else ():
-                    behind = item.keys[item.keys.index(key) :]
-                    for one in item.left.intersection(behind):
-                        self._take(one, item)
+                claims = () if key in self._pinned else tuple(self._claims.get(key, ()))
+                for item in claims:
+                    if not item.is_reserved:
+                        behind = item.keys[item.keys.index(key) :]
+                        for one in item.left.intersection(behind):
+                            self._take(one, item)
 
     def wait_for(self, item: Item, deadline: float, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Wait until all that is left of a claim is there; False: it has ended, or nobody waits any more.

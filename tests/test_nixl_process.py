@@ -147,13 +147,15 @@ def test_pipes_are_closed_though_one_cannot_be(arena: HostArena, monkeypatch: py
         a, b = join(*ends)
 
         def close() -> None:
-            monkeypatch.undo()
             raise OSError("broken by a test")
 
-        monkeypatch.setattr(a._agent, "end", close)  # type: ignore[attr-defined]
-        transport_of().kill()
-        wait_until(lambda: b.is_closed)
-        a.close()
+        first = next(iter(a._agent._process._users))  # type: ignore[attr-defined]
+        broken, other_pipe = (a, b) if first is a._agent else (b, a)  # type: ignore[attr-defined]
+        with monkeypatch.context() as patch:
+            patch.setattr(first, "end", close)
+            transport_of().kill()
+            wait_until(lambda: other_pipe.is_closed)
+        broken.close()
 
 
 def test_threads_close_a_pipe_at_once(arena: HostArena) -> None:

@@ -327,6 +327,7 @@ def test_gloo_ends_that_send_other_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_gloo_that_joins_a_stranger_leaves_nothing() -> None:
     server, client = (NcclEnd(make_rows(), is_server=is_server) for is_server in (True, False))
+    others = gloo_threads()
     hellos = client.hello(), server.hello()
     client._nccl_hello = msgspec.structs.replace(client._nccl_hello, token=b"x" * 32)
     pipes: list[Pipe] = []
@@ -339,7 +340,11 @@ def test_gloo_that_joins_a_stranger_leaves_nothing() -> None:
         pipe.close()
     for end in (server, client):
         end.close()
-    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "kvstore-gloo"])
+    wait_until(lambda: gloo_threads() <= others)
+
+
+def gloo_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "kvstore-gloo"}
 
 
 def test_beside_another_default_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def store(half: SharedStorageScheduler, keys: list[BlockKey]) -> None:
 
 def told_by(half: SharedStorageScheduler) -> dict[str, Any]:
     """What a producer hands over that has reserved slots for six blocks, and not filled them yet."""
-    half._filling |= set(KEYS[:6])
+    half._filling.update(KEYS[:6])
     told = half.hand_over([KEYS])
     assert told is not None
     half._filling.clear()

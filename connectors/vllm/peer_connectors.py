@@ -138,6 +138,8 @@ class PeerConnector(KVStoreConnector):
 
     def make_scheduler(self, num_workers: int, windows: Sequence[int | None]) -> SchedulerHalf:
         with named_in(EXTRA_CONFIG):
+            if self._hand_over.hands_over:  # who only takes connects to others, unless they push
+                check_listens(self._host)
             half = HandOverScheduler(self._store_config, num_workers, windows, hand_over=self._hand_over)
         try:
             if self._register is not None:
@@ -273,8 +275,12 @@ def reached_at(settings: PeerSettings, keys: CurveKeys | None) -> str:
         raise ConfigError(
             f"{name}: {address} is no address that another host can reach; set advertise to one, like tcp://10.0.0.2:7000"
         )
-    try:
-        listen_on(host, 1).close()  # as pipes do, once a peer asks
-    except ConfigError as e:
-        raise ConfigError(f"{name}: {address}, where pipes listen too: {e}") from e
     return host
+
+
+def check_listens(host: str) -> None:
+    """Raises ConfigError where pipes cannot listen there."""
+    try:
+        listen_on(host, 1).close()
+    except ConfigError as e:
+        raise ConfigError(f"listen, advertise: {host!r}, where pipes listen too: {e}") from e

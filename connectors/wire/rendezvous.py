@@ -43,12 +43,14 @@ class Strangers:
         """Some that have shown it now, and the byte that says what for."""
         ends = [deadline, *[end for _, _, end in self._open.values()]]
         ready = self._poll.poll(max(0.0, min(ends) - time.monotonic()) * 1000)
-        known = []
-        for fd, _ in ready:
-            if fd == self._listener_fd:
+        known = [come for fd, _ in ready if fd != self._listener_fd and (come := self._read(fd)) is not None]
+        if any(fd == self._listener_fd for fd, _ in ready):
+            try:
                 self._take()
-            elif (come := self._read(fd)) is not None:
-                known.append(come)
+            except PipeClosedError:
+                for sock, _ in known:
+                    sock.close()
+                raise
         now = time.monotonic()
         if not known and now >= deadline:
             raise PipeTimeoutError("the peer has not come")

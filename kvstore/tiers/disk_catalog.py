@@ -57,7 +57,7 @@ class DiskCatalog(Catalog):
         super().__init__(path, integrity_key)
         self._described = self._read_header()
         self._index: Records | None = None
-        self._is_read = False
+        self._is_read = self._is_unreadable = False
         self._spaces: dict[bytes, Space] = {}
 
     def formats(self) -> list[StoredFormat]:
@@ -90,7 +90,7 @@ class DiskCatalog(Catalog):
         if self._described is None:
             return fold(())
         _, fmt = self._described
-        found = self._fold_index(fmt, fold)
+        found = None if self._is_unreadable else self._fold_index(fmt, fold)
         return fold(self._scan_pieces(fmt)) if found is None else found
 
     def summary(self, progress: Callable[[int], None] = lambda _: None) -> list[Summary]:
@@ -214,6 +214,7 @@ class DiskCatalog(Catalog):
                     return fold(stream_index(file.parent, mode, fmt.slot.blocks_per_chunk))
                 except UnreadableIndexError as e:
                     problem = str(e)
+        self._is_unreadable = True
         self._problem(f"index: {problem}; the next store that opens the directory rebuilds it")
         return None
 

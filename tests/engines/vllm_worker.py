@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from tests.engines.vllm_settings import SETTINGS
 from tools.bench.vllm_engine import Engine
 from tools.demo_process import serve
 
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for the function that changes weights in the workers
-}
+os.environ |= SETTINGS
 
 
 def change_weights(worker: Any) -> None:

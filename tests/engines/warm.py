@@ -6,14 +6,17 @@ vLLM was started, and has nothing in common with the others.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import IO, Any
 
+from tests.engines.vllm_settings import SETTINGS
 from tools.demo_process import Child, serve
 
 _context: ForkServerContext = multiprocessing.get_context("forkserver")
@@ -39,12 +42,15 @@ class _Process:
         for end in ends:
             end.close()
         self.stdin, self.stdout = os.fdopen(to_child, "w"), os.fdopen(from_child)
+        atexit.register(self._process.kill)  # else multiprocessing waits for it
 
     def poll(self) -> int | None:
         return self._process.exitcode
 
     def wait(self, timeout_s: float | None = None) -> int | None:
         self._process.join(timeout_s)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("an engine", timeout_s or 0.0)
         return self.poll()
 
     def kill(self) -> None:
@@ -57,12 +63,14 @@ def _run(requests: Connection, answers: Connection, stderr: Connection, environ:
         os.dup2(end.fileno(), fd)
         end.close()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # as long as the process lives
-    os.environ |= environ
+    for name in set(os.environ) - set(environ) - set(SETTINGS):  # of when the server was started
+        del os.environ[name]
+    os.environ |= environ | SETTINGS
     sys.path += [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     if "OMP_NUM_THREADS" in environ:
         import torch
 
         torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))  # OpenMP has read it already
-    from tests.engines.vllm_worker import TestedEngine
+    from tests.engines.vllm_worker import TestedEngine  # imported by the server: see `tests.engines.vllm_imported`
 
     serve(TestedEngine())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +167,20 @@ def corpus(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, corpus: Path, names: dict[str, str]) -> list[tuple[str, list[object], list[Any]]]:
     """Case, arguments and answer, of a command on all cases."""
-    asked = [
-        (case.name, arguments)
+    of_cases = [
+        [(case.name, arguments) for arguments in READERS[command](case, corpus / "good")]
         for case in sorted(corpus.iterdir())
         if case.name in names
-        for arguments in READERS[command](case, corpus / "good")
     ]
-    batches = [asked[first : first + BATCH] for first in range(0, len(asked), BATCH)]
+    batches: list[list[tuple[str, list[object]]]] = [[]]
+    for asked in of_cases:  # two of one case would write to the same files
+        if len(batches[-1]) >= BATCH:
+            batches.append([])
+        batches[-1] += asked
     with ThreadPoolExecutor(AT_ONCE) as threads:
         of_batches = threads.map(lambda batch: answers_to([one for _, one in batch], corpus / "home"), batches)
         answers = [answer for batch in of_batches for answer in batch]
-    return [(name, arguments, answer) for (name, arguments), answer in zip(asked, answers, strict=True)]
+    return [(name, arguments, answer) for (name, arguments), answer in zip(chain(*batches), answers, strict=True)]
 
 
 def answers_to(commands: list[list[object]], home: Path) -> list[Any]:
