@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from connectors.base import Stripe
@@ -33,6 +34,7 @@ from tests.waiting import wait_until
 NUM_BLOCKS = 32
 
 
+by_tcp = pytest.mark.parametrize("transport", ["tcp"], indirect=True)  # where it matters not, and takes seconds
 ENDS: dict[str, Callable[..., PipeEnd]] = {"tcp": TcpEnd, "gloo": NcclEnd, "nixl": NixlEnd}
 chosen = "tcp"
 

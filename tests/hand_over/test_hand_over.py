@@ -28,6 +28,7 @@ from tests.hand_over.peers import (
     Remote,
     Served,
     blocks_of,
+    by_tcp,
     make_end,
     of_ranks,
     store_config,
@@ -264,6 +265,7 @@ def test_equal_ranks_at_both_ends(make_engine: Callable[..., Engine]) -> None:
     assert consumer.decode("r", keys, producer.prefill(keys)) == 12
 
 
+@by_tcp
 def test_a_lie_about_ranks_is_a_miss(make_engine: Callable[..., Engine]) -> None:
     """And what is told right afterwards is handed over."""
     producer, consumer = make_engine(identity=of_ranks(1)), make_engine(identity=of_ranks(1))
@@ -275,6 +277,7 @@ def test_a_lie_about_ranks_is_a_miss(make_engine: Callable[..., Engine]) -> None
     wait_until(lambda: producer.held() == (0, 0))
 
 
+@by_tcp
 def test_nobody_takes_it(make_engine: Callable[..., Engine]) -> None:
     producer = make_engine(lease_s=0.3)
     producer.prefill(make_keys(20))
@@ -292,6 +295,7 @@ def test_a_full_producer_drops_and_the_rest_is_computed(make_engine: Callable[..
     assert consumer.decode("r2", second, told[1]) == NUM_BLOCKS - 24
 
 
+@by_tcp
 def test_the_producer_dies_before_it_is_asked(make_engine: Callable[..., Engine]) -> None:
     producer, consumer = Engine(), make_engine()
     keys = make_keys(20)
@@ -303,6 +307,7 @@ def test_the_producer_dies_before_it_is_asked(make_engine: Callable[..., Engine]
     consumer.wait_unpinned()
 
 
+@by_tcp
 def test_after_a_reset_nothing_is_handed_over(make_engine: Callable[..., Engine]) -> None:
     producer, consumer = make_engine(), make_engine()
     keys = make_keys(10)
@@ -353,6 +358,7 @@ def keys_of_three(tmp_path: Path) -> list[CurveKeys]:
     return [CurveKeys.load(folder) for folder in folders]
 
 
+@by_tcp
 def test_peers_that_know_each_other(make_engine: Callable[..., Engine], keys_of_three: list[CurveKeys]) -> None:
     producer, consumer, stranger = (make_engine(keys=keys) for keys in keys_of_three)
     keys = make_keys(10)
@@ -365,6 +371,7 @@ def test_peers_that_know_each_other(make_engine: Callable[..., Engine], keys_of_
     assert consumer.decode("r", keys, told) == 10
 
 
+@by_tcp
 def test_a_producer_whose_key_is_not_let_in_is_not_asked(
     make_engine: Callable[..., Engine], keys_of_three: list[CurveKeys]
 ) -> None:
@@ -374,6 +381,7 @@ def test_a_producer_whose_key_is_not_let_in_is_not_asked(
     assert not consumer.half._peers._connections
 
 
+@by_tcp
 def test_a_request_that_names_anothers_key_is_no_hindrance(
     make_engine: Callable[..., Engine], keys_of_three: list[CurveKeys]
 ) -> None:

@@ -41,6 +41,7 @@ from tests.hand_over.peers import (
     Remote,
     Served,
     blocks_of,
+    by_tcp,
     is_idle,
     make_end,
     number_of,
@@ -69,6 +70,7 @@ def reserved(remote: Remote, keys: list[BlockKey]) -> Reserved:
 # -- never another's bytes
 
 
+@by_tcp
 def test_a_selection_that_runs_out_is_never_sealed_over_others_blocks() -> None:
     """Its slots are filled with another prompt meanwhile; the consumer must not take that for its own."""
     served = Served(transfer_s=1.0)
@@ -193,6 +195,7 @@ def test_who_has_reserved_and_dies_gives_the_room_back() -> None:
     served.close()
 
 
+@by_tcp
 def test_an_insert_that_nobody_waits_for_any_more(served: Served, remote: Remote) -> None:
     """Its asker's deadline passes while the pipe's thread is at something else."""
     keys = make_keys(4)
@@ -210,6 +213,7 @@ def test_an_insert_that_nobody_waits_for_any_more(served: Served, remote: Remote
     assert remote.buffer.insert(make_keys(8, seed=2), blocks_of(make_keys(8, seed=2)), timeout_s=5)
 
 
+@by_tcp
 def test_tickets_are_bounded(served: Served, remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("connectors.lookup_service.held.MOST_OPEN", 3)
     for i in range(3):
@@ -291,6 +295,7 @@ def test_who_shares_a_prefix_does_not_wait_for_anothers_push(
 # -- what is known is not waited for
 
 
+@by_tcp
 def test_what_is_gone_is_not_waited_for(make_engine: Callable[..., Engine]) -> None:
     """A producer whose lease has run out says so, once."""
     producer, consumer = make_engine(lease_s=0.3), make_engine()
@@ -367,6 +372,7 @@ def test_what_could_not_be_stored_is_not_waited_for(make_engine: Callable[..., E
     wait_until(lambda: is_idle(producer))
 
 
+@by_tcp
 def test_what_two_jobs_store_is_held_until_both_have_failed() -> None:
     half = HandOverScheduler(store_config(), 1, hand_over=HandOverConfig(transport="tcp", make_end=make_end))
     keys = make_keys(4)
@@ -382,6 +388,7 @@ def test_what_two_jobs_store_is_held_until_both_have_failed() -> None:
     half.close()
 
 
+@by_tcp
 def test_of_a_window_only_what_was_stored_is_held() -> None:
     hand_over = HandOverConfig(transport="tcp", make_end=make_end)
     half = HandOverScheduler(store_config(), 1, (None, 2), hand_over=hand_over)
@@ -424,6 +431,7 @@ def test_a_pipe_that_is_being_joined_ends_at_once(served: Served, remote: Remote
     assert not served.service._lanes._ending
 
 
+@by_tcp
 def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))

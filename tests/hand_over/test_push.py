@@ -11,7 +11,7 @@ import pytest
 
 from connectors.remote_peer import RemotePeer
 from connectors.testing import make_keys
-from tests.hand_over.peers import NUM_BLOCKS, Engine, is_idle, number_of
+from tests.hand_over.peers import NUM_BLOCKS, Engine, by_tcp, is_idle, number_of
 from tests.waiting import wait_until
 
 
@@ -77,6 +77,7 @@ def test_a_push_goes_to_another_than_the_one_who_decodes(make_engine: Callable[.
     first.wait_unpinned()
 
 
+@by_tcp
 def test_the_consumer_is_gone_when_it_is_pushed_to(make_engine: Callable[..., Engine]) -> None:
     producer, consumer, another = make_engine(push=True, lease_s=3.0), Engine(), make_engine()
     consumer.close()
