@@ -23,7 +23,7 @@ NEEDS = {
 
 @pytest.mark.parametrize("what", [pytest.param(what, marks=NEEDS.get(what, [])) for what in BENCHES])
 def test_runs_at_a_small_scale(what: str, tmp_path: Path) -> None:
-    result = run(what, tmp_path, Scale(nbytes=64 << 20, num_keys=20_000, rounds=1))
+    result = run(what, tmp_path, Scale(nbytes=32 << 20, num_keys=20_000, rounds=1))
     rows = json.loads(json.dumps(result.to_dict()))["rows"]
     assert rows
     for row in rows:
