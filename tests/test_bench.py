@@ -13,11 +13,12 @@ from kvstore.errors import ConfigError
 from tools.bench import BENCHES, Scale, run
 
 NEEDS = {
+    "host": [pytest.mark.slow],
     "vllm": [
         pytest.mark.slow,
         pytest.mark.timeout(900),
         pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-    ]
+    ],
 }
 
 

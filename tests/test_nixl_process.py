@@ -159,7 +159,7 @@ def test_pipes_are_closed_though_one_cannot_be(arena: HostArena, monkeypatch: py
 
 
 def test_threads_close_a_pipe_at_once(arena: HostArena) -> None:
-    for _ in range(20):
+    for _ in range(8):
         other = make_arena()
         pipes = join(nixl_end(arena, is_server=True), nixl_end(other, is_server=False))
         at_once(*[pipe.close for pipe in pipes for _ in range(4)])

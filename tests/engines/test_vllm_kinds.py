@@ -125,6 +125,7 @@ def test_what_was_answered_is_stored_right(running: Running) -> None:
     assert warm["logprobs"][0] == pytest.approx(cold["logprobs"][0], abs=running.kind.tolerance)
 
 
+@pytest.mark.slow
 def test_ranks_store_latent_kv_once(tmp_path: Path) -> None:
     """All ranks hold the same: stored by one engine of one rank, loaded by one of two."""
     model = make_latent(tmp_path / "model")

@@ -151,6 +151,11 @@ def test_right_over_a_slow_and_lossy_link(hosts: tuple[Host, Host], link: Link) 
     wait_until(lambda: producer.ask("held") == [0, 0, 0])
 
 
+@pytest.mark.parametrize(
+    "hosts",
+    ["tcp", pytest.param("nccl", marks=pytest.mark.slow), pytest.param("nixl", marks=[pytest.mark.slow, NEEDS_NIXL])],
+    indirect=True,
+)
 def test_a_link_that_is_cut_and_comes_back(hosts: tuple[Host, Host], link: Link) -> None:
     producer, consumer = hosts
     answer = consumer.ask("decode", n=N, seed=1, told=producer.ask("prefill", n=N, seed=1))

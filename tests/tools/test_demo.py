@@ -21,6 +21,7 @@ from tools.demo_report import Measured, SourceRow
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_demo_answers_the_same_from_every_source(tmp_path: Path) -> None:
     """The converted model stays in the user's cache folder, for the next run of this test."""
