@@ -15,6 +15,7 @@ does where more comes than was asked for.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hmac
 import itertools
@@ -205,42 +206,37 @@ class NcclEnd(TcpEnd):
 
     def _link(self, theirs: NcclHello, streams: tuple[Stream, Stream], deadline: float) -> tuple[Link, Link]:
         """Outward and inward, each of which has carried a token."""
-        by_rank: list[Link] = []
-        try:
-            self._make_links(by_rank, theirs, streams, deadline)
-        except BaseException:
-            for link in set(by_rank):
-                link.close()
-            raise
-        rank = self._rank
+        mine, rank = self._nccl_hello, 0 if self._nccl_hello.is_server else 1
+        came = torch.empty(TOKEN_NBYTES, dtype=torch.uint8)
+        sent = torch.frombuffer(bytearray(theirs.token), dtype=torch.uint8)
+        with contextlib.ExitStack() as undo:
+            try:
+                by_rank = self._by_rank(rank, self._store(theirs, deadline), streams, deadline, undo)
+                for sender, link in enumerate(by_rank):
+                    (link.send([sent], deadline) if sender == rank else link.receive([came], deadline))()
+            except (RuntimeError, ValueError) as e:
+                seconds_left(deadline)
+                raise PipeClosedError(f"the {mine.backend} group was not made: {e}") from e
+            if not hmac.compare_digest(came.numpy().tobytes(), mine.token):
+                raise PipeProtocolError(f"who has joined the {mine.backend} group is not the peer")
+            undo.pop_all()
         return by_rank[rank], by_rank[1 - rank]
 
-    @property
-    def _rank(self) -> int:
-        return 0 if self._nccl_hello.is_server else 1
+    def _by_rank(
+        self, rank: int, store: Any, streams: tuple[Stream, Stream], deadline: float, undo: contextlib.ExitStack
+    ) -> tuple[Link, Link]:
+        """What rank 0 sends by, and rank 1; ``undo`` closes them."""
+        if self._device.type == "cpu":
+            gloo = Gloo(store, rank, self._address, streams, deadline)
+            undo.callback(gloo.close)
+            return gloo, gloo
 
-    def _make_links(
-        self, by_rank: list[Link], theirs: NcclHello, streams: tuple[Stream, Stream], deadline: float
-    ) -> None:
-        """Those that rank 0 sends by, and rank 1."""
-        mine, rank = self._nccl_hello, self._rank
-        try:
-            store = self._store(theirs, deadline)
-            if mine.backend == "gloo":
-                by_rank += [Gloo(store, rank, self._address, streams, deadline)] * 2
-            else:
-                for sender in range(2):
-                    of_sender = dist.PrefixStore(str(sender), store)
-                    by_rank.append(Nccl(of_sender, rank, self._device, streams[sender != rank]))
-            came = torch.empty(TOKEN_NBYTES, dtype=torch.uint8)
-            sent = torch.frombuffer(bytearray(theirs.token), dtype=torch.uint8)
-            for sender, link in enumerate(by_rank):
-                (link.send([sent], deadline) if sender == rank else link.receive([came], deadline))()
-        except (RuntimeError, ValueError) as e:
-            seconds_left(deadline)
-            raise PipeClosedError(f"the {mine.backend} group was not made: {e}") from e
-        if not hmac.compare_digest(came.numpy().tobytes(), mine.token):
-            raise PipeProtocolError(f"who has joined the {mine.backend} group is not the peer")
+        def nccl(sender: int) -> Link:
+            link = Nccl(dist.PrefixStore(str(sender), store), rank, self._device, streams[sender != rank])
+            undo.callback(link.close)
+            return link
+
+        return nccl(0), nccl(1)
 
     def _store(self, theirs: NcclHello, deadline: float) -> Any:
         """The server's, under keys that nobody else knows."""

@@ -161,21 +161,21 @@ class SlotCodec:
 
     def verify(self, rows: Rows, slots: Slots, namespace: bytes) -> Trailers:
         """Parse the trailers of ``rows[slots]``; valid where trailer, namespace and body all agree."""
-        body = self.fmt.body_nbytes
-        trailers, valid = [], []
-        for slot in slots.tolist():
-            row = rows[slot].data
-            trailers.append(bytes(row[body:]))
-            is_signed, space, digest = self._read(trailers[-1])
-            valid.append(is_signed and space == namespace and self._digest(row[:body]) == digest)
-        return Trailers(np.array(valid, dtype=np.bool_), b"".join(trailers), self.fmt.blocks_per_chunk)
+        checked = [self._check(rows[slot].data, namespace) for slot in slots.tolist()]
+        valid = np.array([is_valid for _, is_valid in checked], dtype=np.bool_)
+        return Trailers(valid, b"".join(trailer for trailer, _ in checked), self.fmt.blocks_per_chunk)
 
     def holds(self, row: memoryview, key: bytes, namespace: bytes) -> bool:
         """Whether a slot is whole, of this namespace, and of a chunk that begins with this key."""
-        trailer = bytes(row[self._body_nbytes :])
+        trailer, is_valid = self._check(row, namespace)
+        return is_valid and trailer[:KEY_NBYTES] == key
+
+    def _check(self, row: memoryview, namespace: bytes) -> tuple[bytes, bool]:
+        """A slot's trailer; whether it, the namespace and the body all agree."""
+        body = self._body_nbytes
+        trailer = bytes(row[body:])
         is_signed, space, digest = self._read(trailer)
-        is_it = is_signed and space == namespace and trailer[:KEY_NBYTES] == key
-        return is_it and self._digest(row[: self._body_nbytes]) == digest
+        return trailer, is_signed and space == namespace and self._digest(row[:body]) == digest
 
     def _read(self, trailer: bytes) -> tuple[bool, bytes, bytes]:
         """Whether it is one of this format that agrees with its digest; its namespace; its body's digest."""

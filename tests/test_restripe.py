@@ -11,7 +11,6 @@ import torch
 from connectors.restripe import Landing, Restripe
 from kvstore import BlockKey, HostTierConfig, KVIdentity, KVLayout, StoreConfig, hash_blocks
 from kvstore.identity import Placement
-from kvstore.keys import keys_to_array
 from kvstore.planes import Planes
 from kvstore.slot import SlotCodec, SlotFormat
 
@@ -67,10 +66,9 @@ def test_what_cannot_be_cut_is_refused(mine: KVIdentity, there: int, why: str) -
 
 def take(landing: Landing, keys: list[BlockKey], slots: np.ndarray, namespace: bytes) -> list[bool]:
     """Verify the first rows and bring in what is good, as `RemotePeer` does with what has come."""
-    found = landing.codec.verify(landing.rows, np.arange(len(keys)), namespace)
-    good = found.valid & (found.keys[:, 0] == keys_to_array(keys)).all(axis=1)
+    good = [landing.codec.holds(landing.rows[i].data, key, namespace) for i, key in enumerate(keys)]
     landing.bring(np.flatnonzero(good), keys, slots, namespace)
-    return [bool(one) for one in good]
+    return good
 
 
 def test_only_what_verifies_is_brought_in() -> None:
